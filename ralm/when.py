@@ -1,0 +1,82 @@
+"""WHEN to retrieve. A schedule sees only the past: how many tokens of context there are, how many there were at the last
+retrieval (None: none yet in this window), and how sure the model is of its next token.
+
+The engine adds two rules: a non-empty prompt is a question, so retrieval is always due where it ends; and every new context
+window starts afresh (`last` is None), since evidence does not survive the context it was fetched for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ralm.registry import make
+from ralm.types import Schedule
+
+
+@dataclass(frozen=True)
+class Never:
+    """No retrieval: the base language model."""
+
+    adaptive: ClassVar[bool] = False
+
+    def due(self, t: int, last: int | None, confidence: float | None) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class Once:
+    """Once per context window, as soon as `after` tokens of context can form the query (RAG, REPLUG)."""
+
+    after: int = 32
+    adaptive: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.after < 1:
+            raise ValueError(f"after={self.after} leaves no token for the query; use after >= 1")
+
+    def due(self, t: int, last: int | None, confidence: float | None) -> bool:
+        return last is None and t >= self.after
+
+
+@dataclass(frozen=True)
+class EveryN:
+    """Every n tokens (In-Context RALM's stride s; RETRO's m; n=1 is kNN-LM's every token), first after n tokens of context:
+    before the first token there is nothing to ask yet."""
+
+    n: int = 4
+    adaptive: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.n < 1:
+            raise ValueError(f"n={self.n} is not a number of tokens; use n >= 1")
+
+    def due(self, t: int, last: int | None, confidence: float | None) -> bool:
+        return t - (last or 0) >= self.n
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """When the model's largest next-token probability falls below `theta`, at most every `rest` tokens (FLARE's trigger,
+    token by token)."""
+
+    theta: float = 0.4
+    rest: int = 1
+    after: int = 1
+    adaptive: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if not 0 <= self.theta <= 1:
+            raise ValueError(f"theta={self.theta} is not a probability; use 0..1")
+
+    def due(self, t: int, last: int | None, confidence: float | None) -> bool:
+        if t < self.after or confidence is None or (last is not None and t - last < self.rest):
+            return False
+        return confidence < self.theta
+
+
+SCHEDULES = {"never": Never, "once": Once, "every": EveryN, "adaptive": Adaptive}
+
+
+def schedule(spec: str) -> Schedule:
+    """`once`, `once:16`, `every:4`, `adaptive:theta=0.3,rest=8`. Raises UsageError for anything else."""
+    return make("schedule", spec, SCHEDULES)
