@@ -6,11 +6,12 @@ window starts afresh (`last` is None), since evidence does not survive the conte
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ralm.registry import make
-from ralm.types import Schedule
+from ralm.types import Schedule, Segment
 
 
 @dataclass(frozen=True)
@@ -80,3 +81,40 @@ SCHEDULES = {"never": Never, "once": Once, "every": EveryN, "adaptive": Adaptive
 def schedule(spec: str) -> Schedule:
     """`once`, `once:16`, `every:4`, `adaptive:theta=0.3,rest=8`. Raises UsageError for anything else."""
     return make("schedule", spec, SCHEDULES)
+
+
+def windows(n: int, size: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Context windows over n tokens: (context, start, stop), tokens [start, stop) are predicted having seen [context, ...).
+
+    The first window predicts `size` tokens; each later one predicts `stride` tokens after size - stride of context:
+
+        size 4, stride 2:   0 1 2 3 | 2 3 [4 5] | 4 5 [6 7] ...      every token is predicted exactly once
+
+    Which window a token falls into depends on its position alone, so scoring a text and streaming it see the same context."""
+    start = 0
+    while start < n:
+        context, stop = window_of(start, size, stride)[::2]
+        yield context, start, min(stop, n)
+        start = stop
+
+
+def window_of(t: int, size: int, stride: int) -> tuple[int, int, int]:
+    """The window (context, start, stop) that predicts token t; see `windows`."""
+    if t < size:
+        return 0, 0, size
+    start = size + (t - size) // stride * stride
+    return start + stride - size, start, start + stride
+
+
+def plan(when: Schedule, start: int, stop: int, forced: int | None = None) -> list[Segment]:
+    """Segments of [start, stop) for a schedule that is not adaptive; positions count from the beginning of the context.
+
+    `forced`: a position where retrieval is due whatever the schedule says (the end of a prompt)."""
+    segments: list[Segment] = []
+    begin, at = start, None
+    for t in range(start, stop):
+        if t == forced or when.due(t, at, None):
+            if t > begin:
+                segments.append(Segment(begin, t, at))
+            begin = at = t
+    return segments + [Segment(begin, stop, at)]

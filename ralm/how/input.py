@@ -1,0 +1,202 @@
+"""HOW at the input: passages are put in front of the text, in one context (`Prepend`) or one context each (`Ensemble`).
+
+Both read rows [BOS, evidence, x_<t]. Evidence takes at most `tokens` tokens, reserved from the window before any text is
+placed, so evidence never overflows a window and never moves what the text sees (In-Context RALM, section 3.1: retrieved
+tokens take the place of the oldest ones)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ralm.how.mixing import log_mix_tokens, log_posterior, log_weights
+from ralm.how.rows import logp_rows
+from ralm.types import Hits, LanguageModel, Segment
+
+Span = tuple[Segment, Tensor]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """No retrieval: the language model itself. The neutral element of every law."""
+
+    what: ClassVar[str] = "chunks"
+    how: ClassVar[str] = "none"
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+    query_tokens: ClassVar[int] = 0
+
+    def reserve(self, lm: LanguageModel) -> int:
+        return 0
+
+    def logprobs(self, lm: LanguageModel, ids_BT: Tensor, segments: Sequence[Segment], fetch: Callable, store) -> Iterator[Span]:
+        """Yield (segment, logp_BSV); one forward for all segments."""
+        first, stop = segments[0].start, segments[-1].stop
+        logp = logp_rows(lm, [[lm.bos, *row[:stop - 1]] for row in ids_BT.tolist()], [first + 1] * len(ids_BT))
+        logp_BSV = torch.stack(logp)
+        for s in segments:
+            yield s, logp_BSV[:, s.start - first:s.stop - first]
+
+
+class Passages:
+    """Token ids of passages as evidence: title, newline, text, newline; each cut to its share of the budget. Remembers them."""
+
+    def __init__(self, lm: LanguageModel, store, share: int):
+        self.lm, self.store, self.share = lm, store, share
+        self.seen: dict[int, list[int]] = {}
+
+    def __call__(self, ids: Sequence[int]) -> list[list[int]]:
+        missing = [i for i in dict.fromkeys(ids) if i not in self.seen]
+        for chunk in self.store.chunks(missing) if missing else ():
+            head = f"{chunk.title}\n" if chunk.title else ""
+            tokens = self.lm.tokenizer.encode(f"{head}{chunk.text}\n")
+            if len(tokens) > self.share:  # the newline that ends a passage survives the cut
+                end = self.lm.tokenizer.encode("\n")
+                tokens = tokens[:max(0, self.share - len(end))] + end
+            self.seen[chunk.id] = tokens[:self.share]
+        return [self.seen[i] for i in ids]
+
+
+def _evidence(segments: Sequence[Segment], k: int, batch: int, fetch: Callable) -> list[list[Hits]]:
+    """Hits per segment and batch row, padding removed; no retrieval (at is None, or k = 0) gives none."""
+    out = []
+    for s in segments:
+        if s.at is None or k == 0:
+            out.append([Hits.empty(1, 0)] * batch)
+        else:
+            hits = fetch(None, k, s)
+            out.append([hits.row(b) for b in range(batch)])
+    return out
+
+
+@dataclass(frozen=True)
+class Prepend:
+    """All k passages in one context, best one last (next to the text). In-Context RALM (Ram et al. 2023, eq. 3); RAG with an
+    off-the-shelf LM.
+
+    k passages share `tokens` tokens; the query is the last `query` tokens before each retrieval (the paper's l = 32).
+    Consecutive segments with the same passages share one row, so a stride costs a forward only where the evidence changed."""
+
+    k: int = 1
+    query: int = 32
+    tokens: int = 256
+    what: ClassVar[str] = "chunks"
+    how: ClassVar[str] = "input"
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+
+    def __post_init__(self):
+        _check(self.k, self.query, self.tokens)
+
+    @property
+    def query_tokens(self) -> int:
+        return self.query
+
+    def reserve(self, lm: LanguageModel) -> int:
+        return self.tokens if self.k else 0
+
+    def logprobs(self, lm: LanguageModel, ids_BT: Tensor, segments: Sequence[Segment], fetch: Callable, store) -> Iterator[Span]:
+        """Yield (segment, logp_BSV). Rows of all segments run as batches; one row serves neighbours with equal evidence."""
+        ids = ids_BT.tolist()
+        passages = Passages(lm, store, self.tokens // max(1, self.k))
+        hits = _evidence(segments, self.k, len(ids), fetch)
+        for group in _runs(segments, hits):
+            first, stop = segments[group[0]].start, segments[group[-1]].stop
+            rows = []
+            for b, row in enumerate(ids):
+                evidence = [t for p in reversed(passages(hits[group[0]][b].ids[0].tolist())) for t in p]
+                rows.append([lm.bos, *evidence, *row[:stop - 1]])
+            logp = logp_rows(lm, rows, [len(r) - (stop - 1 - first) for r in rows])
+            for i in group:
+                s = segments[i]
+                yield s, torch.stack([p[s.start - first:s.stop - first] for p in logp])
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """One context per passage, distributions mixed. weights="prior": per-token marginal with p(z|x) (REPLUG, RAG-Token);
+    "posterior": with p(z|x, y_<t) since the retrieval, which is the per-sequence marginal (RAG-Sequence).
+
+    p(z|x) = softmax(score / temperature) over the k retrieved; BM25 scores are large, so their temperature matters."""
+
+    k: int = 4
+    weights: str = "prior"
+    temperature: float = 1.0
+    query: int = 32
+    tokens: int = 256
+    what: ClassVar[str] = "chunks"
+    how: ClassVar[str] = "input"
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+
+    def __post_init__(self):
+        _check(self.k, self.query, self.tokens)
+        if self.weights not in ("prior", "posterior"):
+            raise ValueError(f"weights='{self.weights}' is neither 'prior' nor 'posterior'")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} cannot scale scores; use a value above 0")
+
+    @property
+    def query_tokens(self) -> int:
+        return self.query
+
+    def reserve(self, lm: LanguageModel) -> int:
+        return self.tokens if self.k else 0
+
+    def log_prior(self, scores: np.ndarray) -> Tensor:
+        """ln p(z|x) [1, K] of one retrieval's scores."""
+        return log_weights(torch.from_numpy(np.ascontiguousarray(scores)).reshape(1, -1), self.temperature)
+
+    def logprobs(self, lm: LanguageModel, ids_BT: Tensor, segments: Sequence[Segment], fetch: Callable, store) -> Iterator[Span]:
+        """Yield (segment, logp_BSV); the k contexts of a segment (of all batch rows) run as one batch."""
+        ids = ids_BT.tolist()
+        passages = Passages(lm, store, self.tokens)
+        for s, hits in zip(segments, _evidence(segments, self.k, len(ids), fetch)):
+            # posterior weights look back to the retrieval: what each passage gave the tokens at .. start-1
+            begin = s.start if s.at is None or self.weights == "prior" else s.at
+            contexts = [passages(h.ids[0].tolist()) or [[]] for h in hits]
+            rows = [[lm.bos, *p, *row[:s.stop - 1]] for row, ps in zip(ids, contexts) for p in ps]
+            logp = logp_rows(lm, rows, [len(r) - (s.stop - 1 - begin) for r in rows])
+            out, at = [], 0
+            for b, ps in enumerate(contexts):
+                logp_KSV = torch.stack(logp[at:at + len(ps)])
+                at += len(ps)
+                out.append(self._mix(logp_KSV, hits[b], ids[b][begin:s.stop], s.start - begin))
+            yield s, torch.stack(out)
+
+    def _mix(self, logp_KSV: Tensor, hits: Hits, targets: list[int], skip: int) -> Tensor:
+        """Mix the contexts of one batch row: [K, S, V] from `begin` on -> [S - skip, V]."""
+        if logp_KSV.shape[0] == 1:
+            return logp_KSV[0, skip:]
+        w = self.log_prior(hits.scores[0])
+        if self.weights == "posterior":
+            known = torch.tensor(targets[:logp_KSV.shape[1]] + [0] * (logp_KSV.shape[1] - len(targets)))  # the last may be unknown
+            logp_1KS = logp_KSV.gather(2, known.expand(logp_KSV.shape[0], -1).unsqueeze(-1)).squeeze(-1)[None]
+            w = log_posterior(w, logp_1KS)
+            w = w[:, :, skip:]
+        return log_mix_tokens(logp_KSV[None, :, skip:], w)[0]
+
+
+def _runs(segments: Sequence[Segment], hits: list[list[Hits]]) -> list[list[int]]:
+    """Consecutive segments with equal evidence in every batch row, as lists of indices."""
+    runs: list[list[int]] = []
+    for i, s in enumerate(segments):
+        if runs and segments[i - 1].stop == s.start and all(
+                np.array_equal(a.ids, b.ids) for a, b in zip(hits[runs[-1][0]], hits[i])):
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return runs
+
+
+def _check(k: int, query: int, tokens: int) -> None:
+    if k < 0:
+        raise ValueError(f"k={k} passages make no sense; use k >= 0")
+    if query < 1 or tokens < 1:
+        raise ValueError(f"query={query} and tokens={tokens} must both be at least 1")
+    if tokens < k:
+        raise ValueError(f"tokens={tokens} cannot be shared by k={k} passages; give at least one token each")
+
+
