@@ -85,11 +85,24 @@ class RALM:
         given, ids = self._encode(prompt), self._encode(text)
         run = _Run(self, given + ids, len(given), window, stride, exclude,
                    question=prompt if isinstance(prompt, str) else None)
+        logp: list[float] = []
         with torch.inference_mode():
-            logp = run.adaptive() if self.when.adaptive else run.planned()
+            for start, logp_SV in run.distributions():
+                targets = torch.tensor(run.ids[start:start + len(logp_SV)])
+                logp += logp_SV.gather(1, targets[:, None])[:, 0].tolist()
         plain = text if isinstance(text, str) else self.lm.tokenizer.decode(list(text))
         return Scored(np.asarray(logp, np.float64), np.asarray(ids, np.int64), len(plain.encode("utf-8", "surrogatepass")),
                       len(plain.split()), run.evidence, run.convention(), time.perf_counter() - began)
+
+    def distributions(self, text: str | Sequence[int], *, prompt: str | Sequence[int] = "", window: int | None = None,
+                      stride: int | None = None, exclude: Sequence[str] = ()) -> torch.Tensor:
+        """ln p(. | x_<t, D) for every token of `text`, float32 [T, V]: what `score` reads one number per token of."""
+        import torch
+
+        given, ids = self._encode(prompt), self._encode(text)
+        run = _Run(self, given + ids, len(given), window, stride, exclude, question=prompt if isinstance(prompt, str) else None)
+        with torch.inference_mode():
+            return torch.cat([logp_SV for _, logp_SV in run.distributions()])
 
     def _encode(self, text: str | Sequence[int]) -> list[int]:
         return self.lm.tokenizer.encode(text) if isinstance(text, str) else [int(i) for i in text]
@@ -127,7 +140,7 @@ class RALM:
 
         began = time.perf_counter()
         given = self._encode(prompt)
-        run = _Run(replace_lm(self, PrefixCache(self.lm)), list(given), len(given), window, stride, exclude,
+        run = _Run(replace(self, lm=PrefixCache(self.lm)), list(given), len(given), window, stride, exclude,
                    question=query or prompt)
         generator = torch.Generator().manual_seed(seed)
         shown, told, reason = "", 0, "length"
@@ -191,11 +204,6 @@ class RALM:
         return hits.row(0), time.perf_counter() - began
 
 
-def replace_lm(ralm: RALM, lm: Any) -> RALM:
-    """The same system speaking through another handle of its model (a cache)."""
-    return replace(ralm, lm=lm)
-
-
 @dataclass
 class _Run:
     """One pass over one text: its windows, its schedule, what was retrieved. The single place where fetching happens."""
@@ -226,9 +234,16 @@ class _Run:
         if not 1 <= self.stride <= self.size:
             raise UsageError(f"stride {self.stride} must lie between 1 and the {self.size} tokens the window leaves for the text")
 
-    def planned(self) -> list[float]:
-        """Score with a schedule known in advance: whole windows at a time."""
-        logp: list[float] = []
+    def distributions(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """(position, logp_SV) for runs of tokens, in order: whole windows where the schedule is known in advance, token by
+        token on cached prefixes where it depends on the distribution."""
+        if self.ralm.when.adaptive:
+            from ralm.how.rows import PrefixCache
+
+            run = replace(self, ralm=replace(self.ralm, lm=PrefixCache(self.ralm.lm)))
+            for t in range(self.prompt, len(self.ids)):
+                yield t, run.step(t)[None]
+            return
         for context, start, stop in windows(len(self.ids), self.size, self.stride):
             start = max(start, self.prompt)
             if start >= stop:
@@ -238,16 +253,7 @@ class _Run:
             if self.ralm.how.how == "none":
                 segments = [Segment(start - context, stop - context, None)]
             for s, logp_1SV in self._logprobs(context, stop, segments):
-                targets = self.ids[context + s.start:context + s.stop]
-                logp += [float(logp_1SV[0, i, t]) for i, t in enumerate(targets)]
-        return logp
-
-    def adaptive(self) -> list[float]:
-        """Score where the schedule depends on the distribution: token by token, on cached prefixes."""
-        from ralm.how.rows import PrefixCache
-
-        run = replace(self, ralm=replace_lm(self.ralm, PrefixCache(self.ralm.lm)))
-        return [float(run.step(t)[self.ids[t]]) for t in range(self.prompt, len(self.ids))]
+                yield context + s.start, logp_1SV[0]
 
     def step(self, t: int) -> torch.Tensor:
         """ln p(. | x_<t, D), float32 [V]; called with t = prompt, prompt + 1, ..."""
