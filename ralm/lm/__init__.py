@@ -1,0 +1,51 @@
+"""WHO SPEAKS: language models by spec string. Nothing heavy is imported before a model is asked for.
+
+`bundled:base`, `bundled:reader`, `hf:NAME_OR_FOLDER,dtype=bf16,device=cuda`, `remote:URL#NAME,timeout=120`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ralm.errors import UsageError, unknown
+from ralm.registry import make
+
+if TYPE_CHECKING:
+    from ralm.types import LanguageModel
+
+BUNDLED = ("base", "reader")
+
+
+def load(spec: str) -> LanguageModel:
+    """The model a spec names. Raises UsageError for unknown names and options, and what the model itself raises."""
+    return make("language model", spec, {"bundled": _bundled, "hf": _hf, "remote": _remote})
+
+
+def _bundled(name: str = "") -> Any:
+    if name == "base":
+        from ralm.lm.gpt import load as load_gpt
+
+        return load_gpt("base")
+    if name == "reader":
+        from ralm.lm.reader import Reader
+
+        return Reader.load("bundled:reader")
+    raise unknown("bundled model", str(name), BUNDLED)
+
+
+def _hf(name: str = "", dtype: str = "fp32", device: str = "cpu", revision: str | None = None,
+        window: int | None = None, bos: int | None = None) -> Any:
+    if name == "":
+        raise UsageError("'hf' names no model; write hf:NAME or hf:FOLDER")
+    from ralm.lm.hf import HF
+
+    return HF(str(name), dtype=dtype, device=str(device), revision=None if revision is None else str(revision),
+              window=window, bos=bos)
+
+
+def _remote(address: str = "", timeout: float = 60.0) -> Any:
+    url, mark, model = str(address).partition("#")
+    if not url or not mark or not model:
+        raise UsageError(f"'remote:{address}' needs an address and a model; write remote:http://HOST:PORT/v1#NAME")
+    from ralm.lm.remote import Remote
+
+    return Remote(url, model, timeout=timeout)
