@@ -1,0 +1,93 @@
+"""Figures of a span reader: F1 and EM on SQuAD paragraphs, its abstention threshold, the weight of the retriever."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ralm.lm.reader import Reader, Reading
+from ralm.lm.spans import log_softmax, normalised
+from ralm.train.reader_data import Paragraphs, Question
+
+
+def exact(prediction: str, golds: Sequence[str]) -> float:
+    """SQuAD exact match; with no golds (unanswerable) the empty prediction is right."""
+    return float(any(normalised(prediction) == normalised(g) for g in golds or [""]))
+
+
+def overlap(prediction: str, golds: Sequence[str]) -> float:
+    """SQuAD F1 of words, best over the golds; with no golds the empty prediction is right."""
+    best = 0.0
+    for gold in golds or [""]:
+        p, g = normalised(prediction).split(), normalised(gold).split()
+        same = sum((Counter(p) & Counter(g)).values())
+        best = max(best, float(p == g) if not p or not g else 2 * same / (len(p) + len(g)))
+    return best
+
+
+def pick(questions: Sequence[Question], sample: int | None) -> list[Question]:
+    """At most `sample` questions, evenly spread, always the same ones."""
+    if sample is None or sample >= len(questions):
+        return list(questions)
+    return [questions[int(n)] for n in np.linspace(0, len(questions) - 1, sample)]
+
+
+def best_text(reading: Reading) -> str:
+    return reading.spans[0].text if reading.spans else ""
+
+
+def evaluate(reader: Reader, data: Paragraphs, sample: int | None = None) -> dict[str, float]:
+    """F1, EM (percent) of always answering, and of abstaining where the reader does, each given its own paragraph."""
+    asked = pick(data.questions, sample)
+    readings = reader.read_many([(q.text, [data.texts[q.paragraph]]) for q in asked])
+    always = [(best_text(r), q.answers) for r, q in zip(readings, asked)]
+    free = [("" if r.abstain else best_text(r), q.answers) for r, q in zip(readings, asked)]
+    return {"questions": len(asked)} | {
+        name: 100 * float(np.mean([metric(text, golds) for text, golds in rows]))
+        for name, metric, rows in (("f1", overlap, always), ("em", exact, always),
+                                   ("f1_abstaining", overlap, free), ("em_abstaining", exact, free))}
+
+
+def fit_threshold(reader: Reader, data: Paragraphs, sample: int | None = None) -> float:
+    """The margin ln p_null - ln p_best above which abstaining gives the best F1 on `data` (SQuAD 2.0)."""
+    asked = pick(data.questions, sample)
+    readings = reader.read_many([(q.text, [data.texts[q.paragraph]]) for q in asked])
+    margins = np.array([r.margin for r in readings])
+    answer = np.array([overlap(best_text(r), q.answers) for r, q in zip(readings, asked)])
+    silent = np.array([overlap("", q.answers) for q in asked])
+    order = np.argsort(margins)
+    # after sorting: answer the first n, abstain on the rest
+    scores = np.concatenate([[0], answer[order].cumsum()]) + np.concatenate([silent[order][::-1].cumsum()[::-1], [0]])
+    n = int(scores.argmax())
+    edges = np.concatenate([[margins[order[0]] - 1], margins[order], [margins[order[-1]] + 1]])
+    return float(np.clip((edges[n] + edges[n + 1]) / 2, -20, 20))
+
+
+def open_domain(reader: Reader, asked: Sequence[Question], texts: Sequence[str], ids: np.ndarray,
+                logps: np.ndarray | None,
+                titles: Sequence[str] | None = None) -> tuple[dict[str, float], list[Reading]]:
+    """F1 and EM of reading the retrieved texts[ids[q]]; ids [Q, K], logps [Q, K] the retriever's log-prior."""
+    rows = [[int(n) for n in row] for row in ids]
+    readings = reader.read_many([(q.text, [texts[n] for n in row]) for q, row in zip(asked, rows)],
+                                None if logps is None else list(logps), 3,
+                                None if titles is None else [[titles[n] for n in row] for row in rows])
+    return {"questions": len(asked), "found": 100 * float(np.mean([q.paragraph in row for q, row in zip(asked, rows)])),
+            "f1": 100 * float(np.mean([overlap(best_text(r), q.answers) for r, q in zip(readings, asked)])),
+            "em": 100 * float(np.mean([exact(best_text(r), q.answers) for r, q in zip(readings, asked)]))}, readings
+
+
+def fit_retriever_weight(reader: Reader, held: Paragraphs, every: Paragraphs, search: Callable, sample: int = 100,
+                         k: int = 5, weights: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)) -> float:
+    """The weight of log-softmax(BM25 scores) with the best F1 of held-out questions in the paragraphs `every`."""
+    asked = pick(held.questions, sample)
+    ids, scores = search(every.texts, [q.text for q in asked], k)
+    logps, texts = log_softmax(scores), [[every.texts[int(n)] for n in row] for row in ids]
+    reads, cuts = reader.score_passages([(q.text, text, "") for q, row in zip(asked, texts) for text in row], k, 32)
+    best = (-1.0, 0.0)
+    for weight in weights:
+        readings = [reader.marginalise(texts[n], cuts[n * k : n * k + k], reads[n * k : n * k + k], logps[n], k, weight)
+                    for n in range(len(asked))]
+        best = max(best, (float(np.mean([overlap(best_text(r), q.answers) for r, q in zip(readings, asked)])), weight))
+    return best[1]
