@@ -1,15 +1,22 @@
-"""Figures of a span reader: F1 and EM on SQuAD paragraphs, its abstention threshold, the weight of the retriever."""
+"""Figures of a span reader: F1 and EM on SQuAD paragraphs, its abstention threshold, the weight of the retriever.
+
+    python -m ralm.train.reader_eval checkpoints/reader      (SQuAD dev articles under $RALM_DATA; JSON on stdout)"""
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from ralm.errors import UsageError
 from ralm.lm.reader import Reader, Reading
 from ralm.lm.spans import log_softmax, normalised
-from ralm.train.reader_data import Paragraphs, Question
+from ralm.train.reader_data import Paragraphs, Question, bm25_top, read_squad
 
 
 def exact(prediction: str, golds: Sequence[str]) -> float:
@@ -91,3 +98,21 @@ def fit_retriever_weight(reader: Reader, held: Paragraphs, every: Paragraphs, se
                     for n in range(len(asked))]
         best = max(best, (float(np.mean([overlap(best_text(r), q.answers) for r, q in zip(readings, asked)])), weight))
     return best[1]
+
+
+def figures(reader: Reader, root: Path, ks: Sequence[int] = (1, 3, 5)) -> dict:
+    """What the model card reports: given the paragraph, with abstention, and end to end among all dev paragraphs."""
+    one, two = (read_squad(root / "qa" / f"squad-v{v}.dev.json.zst") for v in ("1.1", "2.0"))
+    out = {"given the paragraph, SQuAD 1.1": evaluate(reader, one), "SQuAD 2.0": evaluate(reader, two)}
+    ids, scores = bm25_top(one.texts, [q.text for q in one.questions], max(ks))
+    for k in ks:
+        figure, _ = open_domain(reader, one.questions, one.texts, ids[:, :k], log_softmax(scores[:, :k]))
+        out[f"end to end, BM25 among {len(one.texts)} paragraphs, k={k}"] = figure
+    return out
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise UsageError("usage: python -m ralm.train.reader_eval checkpoints/reader")
+    shown = figures(Reader.load(sys.argv[1]), Path(os.environ.get("RALM_DATA", "../shared/data")))
+    sys.stdout.write(json.dumps(shown, indent=1) + "\n")

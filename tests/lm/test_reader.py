@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "checkpoints" / "reader"
 DATA = Path(os.environ.get("RALM_DATA", ROOT.parent / "shared" / "data"))
 
-TOWER = ("The Brennick lighthouse was built in October 1873 by the engineer Maria Holt. It stands on a reef of granite, and "
-         "by March 1874 its lamp burned nearly 12 litres of oil a night. Sailors called it the white candle.")
+TOWER = ("The Brennick lighthouse was built in October 1873 by the engineer Maria Holt. It stands on a reef of granite, "
+         "and by March 1874 its lamp burned nearly 12 litres of oil a night. Sailors called it the white candle.")
 CELLS = ("Mitochondria produce most of the chemical energy of a cell. The mitochondrion was first described by "
          "Albert von Kölliker in 1857, and the word itself was coined by Carl Benda in 1898.")
 

@@ -1,0 +1,329 @@
+"""Compiled loops of the sparse index: bytes -> tokens -> postings -> top k. Everything here works on plain arrays.
+
+Compiled once per machine (numba keeps the machine code beside this file, or in the user's cache folder where the package is
+read-only) and released from the interpreter lock, so threads can search at once.
+
+Scores are float32 and never negative, which two tricks rely on: an accumulator that no term touched holds -0.0, and as int32
+that is the smallest number there is while every touched one is >= 0 and sorts as the float does. So "shares a term" costs
+nothing to know, even where a matching chunk scores exactly 0, and the scan for candidates is an integer maximum."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from ralm.index.bm25 import tf_part
+
+END, OTHER, LETTER, DIGIT, LOW_LINE, HIGH, APOSTROPHE, POINT = 0, 1, 2, 3, 4, 5, 6, 7
+SEPARATOR = 0xFF  # stands after every text; no UTF-8 byte looks like it
+WINDOW = 1 << 16  # rows accumulated at a time: 256 KB stays in the second-level cache
+BLOCK = 64  # rows looked at together when candidates are gathered
+UNTOUCHED = np.int32(-(2**31))  # -0.0 as int32
+FNV_START, FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
+
+
+def byte_kinds() -> np.ndarray:
+    """uint8 [256]: what each byte of UTF-8 text is to the tokeniser."""
+    kind = np.full(256, OTHER, np.uint8)
+    kind[ord("a"):ord("z") + 1] = kind[ord("A"):ord("Z") + 1] = LETTER
+    kind[ord("0"):ord("9") + 1] = DIGIT
+    kind[ord("_")], kind[ord("'")] = LOW_LINE, APOSTROPHE
+    kind[ord(".")] = kind[ord(",")] = POINT
+    kind[0x80:0xFF] = HIGH
+    kind[SEPARATOR] = END
+    return kind
+
+
+@njit(cache=True, nogil=True)
+def _look(data, kind, i):
+    """(kind, width) of what stands at byte i. General punctuation (U+2000 to U+203F, of which English text is full) is told from
+    letters here; the curly apostrophe is an apostrophe, joiners and marks of direction stay in their run."""
+    c = data[i]
+    if c == 0xE2 and data[i + 1] == 0x80:
+        third = data[i + 2]
+        if third == 0x99:
+            return APOSTROPHE, 3
+        if 0x8C <= third <= 0x8F or 0xAA <= third <= 0xAE or third == 0xBF:
+            return HIGH, 1
+        return OTHER, 3
+    return kind[c], 1
+
+
+@njit(cache=True, nogil=True)
+def tokenise(data, kind, lower, apostrophes, slots, hashes, starts, blob, count, ids, ptr):
+    """Cut texts into runs and give every distinct run a number.
+
+    data: UTF-8 bytes, each text followed by SEPARATOR, and two bytes of slack. A run is a maximal sequence of ASCII letters,
+    digits, low lines and bytes above 127, with an apostrophe between letters and a point or comma between digits; it needs one
+    character that is not a low line. slots (a power of two, int32, -1 free) with hashes, starts and blob are the table of the
+    `count` runs known so far. Writes run numbers to `ids` and where each text ends to ptr[1:]; returns (tokens, known runs)."""
+    mask = np.uint64(len(slots) - 1)
+    n, text, i = 0, 0, 0
+    size = len(data) - 2
+    used = starts[count]
+    while i < size:
+        what, width = _look(data, kind, i)
+        if what == END:
+            text += 1
+            ptr[text] = n
+        if not LETTER <= what <= HIGH:
+            i += width
+            continue
+        h, m, good = FNV_START, used, False
+        while True:
+            c = lower[data[i]] if what != APOSTROPHE else np.uint8(39)
+            blob[m] = c
+            m += 1
+            h = (h ^ np.uint64(c)) * FNV_PRIME
+            good |= what != LOW_LINE
+            i += width
+            last = what
+            what, width = _look(data, kind, i)
+            if LETTER <= what <= HIGH:
+                continue
+            if what == APOSTROPHE and apostrophes and (last == LETTER or last == HIGH):
+                after = _look(data, kind, i + width)[0]
+                if after == LETTER or after == HIGH:
+                    continue
+            elif what == POINT and last == DIGIT and kind[data[i + 1]] == DIGIT:
+                continue
+            break
+        if not good:
+            continue
+        place = (h ^ (h >> np.uint64(29))) & mask
+        while True:
+            number = slots[place]
+            if number < 0:
+                slots[place] = number = count
+                hashes[count] = h
+                count += 1
+                starts[count] = used = m
+                break
+            if hashes[number] == h and starts[number + 1] - starts[number] == m - used:
+                same, a = True, starts[number]
+                for j in range(m - used):
+                    if blob[a + j] != blob[used + j]:
+                        same = False
+                        break
+                if same:
+                    break
+            place = (place + np.uint64(1)) & mask
+        ids[n] = number
+        n += 1
+    return n, count
+
+
+@njit(cache=True, nogil=True)
+def rehash(hashes, count, slots):
+    """Fill the free table `slots` with the numbers of `count` runs."""
+    mask = np.uint64(len(slots) - 1)
+    for number in range(count):
+        h = hashes[number]
+        place = (h ^ (h >> np.uint64(29))) & mask
+        while slots[place] >= 0:
+            place = (place + np.uint64(1)) & mask
+        slots[place] = number
+
+
+@njit(cache=True, nogil=True)
+def expand(ids, ptr, run_ptr, run_terms):
+    """Replace run numbers by the terms each run stands for (none, one, or several); returns (terms, new ptr)."""
+    total = 0
+    for i in ids:
+        total += run_ptr[i + 1] - run_ptr[i]
+    out, out_ptr, n = np.empty(total, np.int32), np.zeros(len(ptr), np.int64), 0
+    for text in range(len(ptr) - 1):
+        for j in range(ptr[text], ptr[text + 1]):
+            for t in range(run_ptr[ids[j]], run_ptr[ids[j] + 1]):
+                out[n] = run_terms[t]
+                n += 1
+        out_ptr[text + 1] = n
+    return out, out_ptr
+
+
+@njit(cache=True, nogil=True)
+def hash_terms(blob, starts):
+    """FNV-1a, 64 bits, of each blob[starts[i]:starts[i+1]]."""
+    out = np.empty(len(starts) - 1, np.uint64)
+    for i in range(len(out)):
+        h = FNV_START
+        for j in range(starts[i], starts[i + 1]):
+            h = (h ^ np.uint64(blob[j])) * FNV_PRIME
+        out[i] = h
+    return out
+
+
+@njit(cache=True, nogil=True)
+def count_terms(terms, ptr, vocabulary):
+    """Distinct terms of each row in the order they first occur, with their counts: (ptr [rows+1], terms, counts)."""
+    seen, where = np.full(vocabulary, -1, np.int64), np.empty(vocabulary, np.int64)
+    out, counts = np.empty(len(terms), np.uint32), np.empty(len(terms), np.uint32)
+    out_ptr, n = np.zeros(len(ptr), np.int64), 0
+    for row in range(len(ptr) - 1):
+        for j in range(ptr[row], ptr[row + 1]):
+            t = terms[j]
+            if seen[t] == row:
+                counts[where[t]] += np.uint32(1)
+            else:
+                seen[t], where[t] = row, n
+                out[n], counts[n] = t, 1
+                n += 1
+        out_ptr[row + 1] = n
+    return out_ptr, out[:n], counts[:n]
+
+
+@njit(cache=True, nogil=True)
+def invert(row_ptr, terms, counts, order, indptr, rows, tfs):
+    """Forward rows -> postings. order[t] is the final number of term t; indptr [V+1] must be zero. Renumbers `terms` in place."""
+    for j in range(len(terms)):
+        terms[j] = order[terms[j]]
+        indptr[terms[j] + 1] += 1
+    for t in range(len(indptr) - 1):
+        indptr[t + 1] += indptr[t]
+    head = indptr[:-1].copy()
+    for row in range(len(row_ptr) - 1):
+        for j in range(row_ptr[row], row_ptr[row + 1]):
+            t = terms[j]
+            rows[head[t]], tfs[head[t]] = row, counts[j]
+            head[t] += 1
+
+
+@njit(cache=True, nogil=True)
+def document_frequency(indptr, rows, row_ptr, terms, alive, dead):
+    """int64 [V]: in how many alive rows each term occurs. Few dead rows are subtracted through the forward index, otherwise the
+    postings are counted anew."""
+    df = indptr[1:] - indptr[:-1]
+    if 2 * dead <= len(alive):
+        for row in range(len(alive)):
+            if not alive[row]:
+                for j in range(row_ptr[row], row_ptr[row + 1]):
+                    df[terms[j]] -= 1
+        return df
+    for t in range(len(df)):
+        n = 0
+        for j in range(indptr[t], indptr[t + 1]):
+            n += alive[rows[j]]
+        df[t] = n
+    return df
+
+
+@njit(cache=True, nogil=True)
+def copy_postings(term_map, to_row, indptr, rows, tfs, head, out_rows, out_tfs):
+    """Append one segment's postings to a merged one: to_row[row] is the new row, or -1 to leave it out."""
+    for t in range(len(term_map)):
+        to = term_map[t]
+        for j in range(indptr[t], indptr[t + 1]):
+            row = to_row[rows[j]]
+            if row >= 0:
+                out_rows[head[to]], out_tfs[head[to]] = row, tfs[j]
+                head[to] += 1
+
+
+@njit(cache=True, nogil=True)
+def copy_forward(term_map, to_row, row_ptr, terms, n, out_ptr, out_terms):
+    """The same for the forward index, from position n on; returns the next free position."""
+    for row in range(len(to_row)):
+        if to_row[row] >= 0:
+            for j in range(row_ptr[row], row_ptr[row + 1]):
+                out_terms[n] = term_map[terms[j]]
+                n += 1
+            out_ptr[to_row[row] + 1] = n
+    return n
+
+
+@njit(cache=True, nogil=True)
+def fill_impacts(wanted, done, indptr, rows, tfs, lengths, average, form, k1, b, delta, out):
+    """Compute the tf part of every posting of the wanted terms that has not been computed yet; marks them in `done`."""
+    for t in wanted:
+        if t < 0 or done[t]:
+            continue
+        for j in range(indptr[t], indptr[t + 1]):
+            out[j] = tf_part(form, float(tfs[j]), float(lengths[rows[j]]), average, k1, b, delta)
+        done[t] = True
+
+
+@njit(cache=True, nogil=True)
+def _worse(score_a, id_a, score_b, id_b):
+    return score_a < score_b or (score_a == score_b and id_a > id_b)
+
+
+@njit(cache=True, nogil=True)
+def _push(scores, ids, n, score, id):
+    """Keep the best len(scores) of what is pushed, in a heap with the worst at 0; n is how many it holds. Returns the new n."""
+    if n < len(scores):
+        i = n
+        n += 1
+        while i > 0:
+            up = (i - 1) >> 1
+            if not _worse(score, id, scores[up], ids[up]):
+                break
+            scores[i], ids[i] = scores[up], ids[up]
+            i = up
+        scores[i], ids[i] = score, id
+        return n
+    if not _worse(scores[0], ids[0], score, id):
+        return n
+    i = 0
+    while True:
+        child = 2 * i + 1
+        if child >= n:
+            break
+        if child + 1 < n and _worse(scores[child + 1], ids[child + 1], scores[child], ids[child]):
+            child += 1
+        if not _worse(scores[child], ids[child], score, id):
+            break
+        scores[i], ids[i] = scores[child], ids[child]
+        i = child
+    scores[i], ids[i] = score, id
+    return n
+
+
+@njit(cache=True, nogil=True)
+def _gather(bits, size, first, allow, row_ids, scores, ids, n):
+    """Push the touched and allowed rows of a window and leave every accumulator untouched again."""
+    for at in range(0, size, BLOCK):
+        best = UNTOUCHED
+        for i in range(at, at + BLOCK):
+            best = max(best, bits[i])
+        if best >= 0:
+            if n < len(scores) or best >= scores[0]:
+                for i in range(at, min(at + BLOCK, size)):
+                    s = bits[i]
+                    if s >= 0 and (n < len(scores) or s >= scores[0]) and allow[first + i]:
+                        n = _push(scores, ids, n, s, row_ids[first + i])
+            for i in range(at, at + BLOCK):
+                bits[i] = UNTOUCHED
+    return n
+
+
+@njit(cache=True, nogil=True)
+def search(query_ptr, terms, weights, indptr, rows, impacts, allow, row_ids, scores, ids, held):
+    """Exact top k of each query over one segment, term at a time within windows of rows.
+
+    Query q has terms[query_ptr[q]:query_ptr[q+1]] (numbers in this segment, -1 where it lacks them) with their weights >= 0.
+    scores int32 [Q, k] (bits of float32), ids int64 [Q, k], held int64 [Q]: heaps that carry over from segment to segment."""
+    bits = np.full(WINDOW + BLOCK, UNTOUCHED, np.int32)
+    total = bits.view(np.float32)
+    for q in range(len(query_ptr) - 1):
+        a, m = query_ptr[q], query_ptr[q + 1] - query_ptr[q]
+        at, end = np.zeros(m, np.int64), np.zeros(m, np.int64)
+        for t in range(m):
+            if terms[a + t] >= 0:
+                at[t], end[t] = indptr[terms[a + t]], indptr[terms[a + t] + 1]
+        for first in range(0, len(row_ids), WINDOW):
+            last = min(first + WINDOW, len(row_ids))
+            some = False
+            for t in range(m):
+                j, stop, w = at[t], end[t], weights[a + t]
+                if last == len(row_ids):
+                    for j in range(at[t], stop):
+                        total[rows[j] - first] += w * impacts[j]
+                    some |= at[t] < stop
+                else:
+                    while j < stop and rows[j] < last:
+                        total[rows[j] - first] += w * impacts[j]
+                        j += 1
+                    some |= j > at[t]
+                    at[t] = j
+            if some:
+                held[q] = _gather(bits, last - first, first, allow, row_ids, scores[q], ids[q], held[q])

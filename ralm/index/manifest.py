@@ -1,0 +1,141 @@
+"""How a derived artifact says what it is: one manifest.json, written last, so that a folder without it is a build that never ended.
+
+    index/NAME/
+      manifest.json     kind, settings, the datastore it was made from, its segments with the size and checksum of every file
+      000001-xxxx/      one segment: files made by one append, never changed afterwards
+
+Rules (docs/design.md, section 3): what an artifact was made from is compared before it is used, and a mismatch is an error that
+names both sides and both ways out; a segment is complete before the manifest that names it; files hold no code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ralm.errors import FingerprintError, StoreError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """One segment: the chunk ids [first, stop) it was made from, how many rows it holds, its files with size and checksum."""
+
+    name: str
+    first: int
+    stop: int
+    rows: int
+    files: Mapping[str, Mapping[str, Any]]  # {file name: {"bytes": n, "sha256": hex}}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is and what it was made from."""
+
+    kind: str  # "sparse", "dense", ...
+    settings: Mapping[str, Any]  # all that decides its contents: analyser, encoder and its fingerprint, index parameters
+    store: str  # the datastore's id
+    split: str  # how its documents were cut
+    parts: tuple[Part, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)  # measured: recall, seconds, ...
+    format: int = FORMAT
+
+    @property
+    def stop(self) -> int:
+        """Chunk ids below this one are covered."""
+        return max((p.stop for p in self.parts), default=0)
+
+
+def load(folder: Path) -> Manifest | None:
+    """The manifest of an artifact, None where there is none. Raises StoreError where it is damaged or of a newer format."""
+    file = folder / "manifest.json"
+    if not file.is_file():
+        return None
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        parts = tuple(Part(**p) for p in raw.pop("parts"))
+        manifest = Manifest(**raw, parts=parts)
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise StoreError(f"{file} is damaged ({e}); delete {folder} and build it again with ralm index") from e
+    if manifest.format > FORMAT:
+        raise StoreError(f"{folder} has format {manifest.format}, this ralm reads up to {FORMAT}; install a newer ralm")
+    return manifest
+
+
+def check(folder: Path, manifest: Manifest, store, kind: str, settings: Mapping[str, Any]) -> None:
+    """Raise FingerprintError unless the artifact is one of `kind`, made from this datastore with these settings."""
+    ours = {"kind": kind, "datastore": store.id, "split": store.split} | dict(settings)
+    theirs = {"kind": manifest.kind, "datastore": manifest.store, "split": manifest.split} | dict(manifest.settings)
+    for key in ours:
+        if ours[key] != theirs.get(key):
+            raise FingerprintError(
+                f"{folder} was made with {key} = {theirs.get(key)!r}, {ours[key]!r} is asked for: "
+                f"ask for {theirs.get(key)!r}, or rebuild it (ralm index {store.path} --index … --rebuild)")
+
+
+def new_part(folder: Path) -> Path:
+    """An empty folder for the next segment. Readers do not see it before `commit` names it."""
+    path = folder / f"{uuid.uuid4().hex[:12]}"
+    path.mkdir(parents=True)
+    return path
+
+
+def seal(path: Path, first: int, stop: int, rows: int) -> Part:
+    """The finished segment in `path` as a Part: every file flushed to disk and checksummed."""
+    files = {}
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        with file.open("rb+") as f:
+            os.fsync(f.fileno())
+        files[file.relative_to(path).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    return Part(path.name, first, stop, rows, files)
+
+
+def commit(folder: Path, manifest: Manifest) -> None:
+    """Replace the manifest in one step, then delete segments that no manifest names any more (those of killed builds too)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = asdict(manifest)
+    temporary = folder / f"manifest.{os.getpid()}.tmp"
+    with temporary.open("w", encoding="utf-8") as f:
+        json.dump(raw, f, indent=1, sort_keys=True)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(folder / "manifest.json")
+    named = {p.name for p in manifest.parts} | {"manifest.json"}
+    for path in folder.iterdir():
+        if path.name not in named:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def sizes(folder: Path, part: Part) -> None:
+    """Raise StoreError where a file of the segment is missing or has another size (cheap; done at every opening)."""
+    for name, facts in part.files.items():
+        file = folder / part.name / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != facts["bytes"]:
+            raise StoreError(f"{file} has {found} bytes, its manifest says {facts['bytes']}; the store itself is not touched: "
+                             f"delete {folder} and build it again with ralm index")
+
+
+def verify(folder: Path, manifest: Manifest) -> list[str]:
+    """What is wrong with the files of an artifact, every byte read; an empty list where nothing is."""
+    wrong = []
+    for part in manifest.parts:
+        for name, facts in part.files.items():
+            file = folder / part.name / name
+            if not file.is_file():
+                wrong.append(f"{file} is missing")
+            elif sha256(file) != facts["sha256"]:
+                wrong.append(f"{file} is not what was written (checksum differs)")
+    return wrong
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
