@@ -1,0 +1,91 @@
+"""A Document as it is stored: text that can be encoded, metadata as JSON, a hash of its content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ralm.errors import UsageError
+from ralm.types import Document
+
+FIELDS = ("title", "source", "licence", "date")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    id: str
+    text: str
+    fields: tuple[str, ...]  # FIELDS
+    metadata: Mapping[str, Any]
+    json: str
+    sha256: str
+
+
+def clean(text: str) -> str:
+    """Text as it can be stored: lone surrogates, which are no characters, become U+FFFD one for one, so offsets stay.
+
+    Everything else stays as it is, NUL included."""
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+def id_of(id: str) -> str:
+    """A document id as it is stored: lone surrogates (undecodable bytes of a file name) are written out, so ids stay distinct."""
+    return id.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def key_of(id: str) -> int:
+    """64 bits of a hash of the id: the look-up key of the documents table."""
+    return int.from_bytes(hashlib.sha256(id_of(id).encode()).digest()[:8], "little")
+
+
+def row(document: Document) -> Row:
+    """Check and normalise one document. Raises UsageError naming the document and the field that is wrong."""
+    for name in ("id", "text", *FIELDS):
+        value = getattr(document, name)
+        if not isinstance(value, str):
+            raise UsageError(f"document {document.id!r} has {name} = {value!r} ({type(value).__name__}), not text; convert it")
+    if not document.id:
+        raise UsageError(f"a document has an empty id (text begins {document.text[:40]!r}); give every document an id of its own")
+    metadata = _json(document)
+    fields = tuple(clean(getattr(document, name)) for name in FIELDS)
+    text = clean(document.text)
+    digest = hashlib.sha256()
+    for part in (text, *fields, json.dumps(json.loads(metadata), sort_keys=True)):
+        raw = part.encode()
+        digest.update(len(raw).to_bytes(8, "little") + raw)
+    return Row(id_of(document.id), text, fields, json.loads(metadata), metadata, digest.hexdigest())
+
+
+def _json(document: Document) -> str:
+    wrong = next((k for k in document.metadata if not isinstance(k, str)), None)
+    if wrong is not None:
+        raise UsageError(f"document '{document.id}' has the metadata key {wrong!r}, keys must be text; use '{wrong}'")
+    try:
+        return clean(json.dumps(dict(document.metadata), ensure_ascii=False))
+    except (TypeError, ValueError) as e:
+        raise UsageError(f"the metadata of document '{document.id}' cannot be stored ({e}); "
+                         "use text, numbers, true/false or none") from e
+
+
+def batches(documents: Iterable[Document], count: int, characters: int) -> Iterator[list[Row]]:
+    """Rows in groups of at most `count` documents or about `characters` of text. Of an id repeated in a group the last stays."""
+    group: dict[str, Row] = {}
+    size = 0
+    for document in documents:
+        r = row(document)
+        group.pop(r.id, None)
+        group[r.id] = r
+        size += len(r.text)
+        if len(group) >= count or size >= characters:
+            yield list(group.values())
+            group, size = {}, 0
+    if group:
+        yield list(group.values())

@@ -1,0 +1,154 @@
+"""The three Lance tables of a datastore and the small file beside them: schemas, opening, commits, compaction.
+
+    kb.ralm/
+      store.json        id, split, format; what compaction must not forget (numbers already used, versions purged)
+      documents.lance   one row per document of a version; its Lance version is the datastore's version
+      texts.lance       one row per document revision ever added: rev -> id, title, source, text     (append-only)
+      chunks.lance      one row per chunk ever cut: id -> rev, start, end                            (append-only)
+      write.lock        held by the one writer
+
+Texts live apart from documents so that a version is a small table: removing or updating rewrites no text, and a chunk of
+a document that a later version dropped can still be read by those who opened an earlier one. `rev` ties the three
+together: it numbers document revisions, is never reused, and a chunk is alive in version v iff its rev is in documents@v.
+A writer appends to texts and chunks first; the commit to documents is what makes them visible."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ralm.errors import StoreError
+
+FORMAT = 1
+NOTE = "ralm"  # the transaction property that says what a commit did
+FRAGMENTS = 64  # more small files than this are merged at the end of an add
+
+DOCUMENTS = pa.schema([("id", pa.string()), ("rev", pa.uint64()), ("title", pa.string()), ("source", pa.string()),
+                       ("licence", pa.string()), ("date", pa.string()), ("sha256", pa.string()), ("metadata", pa.large_string()),
+                       ("_key", pa.uint64()), ("_chunks", pa.uint32())])  # _key: 8 bytes of a hash of id, for look-up
+TEXTS = pa.schema([("rev", pa.uint64()), ("id", pa.string()), ("title", pa.string()), ("source", pa.string()),
+                   ("text", pa.large_string())])
+CHUNKS = pa.schema([("id", pa.uint64()), ("rev", pa.uint64()), ("start", pa.uint32()), ("end", pa.uint32())])
+SCHEMAS = {"documents": DOCUMENTS, "texts": TEXTS, "chunks": CHUNKS}
+
+
+def table(path: Path, name: str, version: int | None = None):
+    """The Lance dataset `name` of the store at `path`. Raises StoreError where it is missing or damaged."""
+    import lance
+
+    folder = path / f"{name}.lance"
+    if not folder.is_dir():
+        raise StoreError(f"{folder} is missing: {path} is damaged; restore that folder from a copy, or build the datastore again")
+    try:
+        return lance.dataset(str(folder), version=version)
+    except Exception as e:
+        raise damaged(folder, e) from e
+
+
+def damaged(folder: Path, error: BaseException) -> StoreError:
+    return StoreError(f"{folder} cannot be read ({reason(error)}): restore it from a copy, or build the datastore again")
+
+
+def reason(error: BaseException) -> str:
+    """The part of a Lance message a person can use: without the place in Lance's own source."""
+    text = " ".join(str(error).split())
+    for mark in (", /home/", ", rust/", ", location:"):
+        text = text.split(mark)[0]
+    return text.removeprefix("Invalid user input: ").removeprefix("Schema error: ").removeprefix("LanceError(IO): ")[:300]
+
+
+def empty(path: Path, name: str, columns: list[pa.Field], note: Mapping[str, Any]) -> None:
+    import lance
+
+    schema = pa.schema(list(SCHEMAS[name]) + columns)
+    lance.write_dataset(schema.empty_table(), str(path / f"{name}.lance"), transaction_properties=properties(note))
+
+
+def properties(note: Mapping[str, Any]) -> dict[str, str]:
+    return {NOTE: json.dumps(note)}
+
+
+def append(dataset, rows: pa.Table, note: Mapping[str, Any] | None = None):
+    """One transaction that adds rows; the dataset at its new version."""
+    import lance
+
+    return lance.write_dataset(rows, dataset, mode="append", transaction_properties=properties(note) if note else None)
+
+
+def upsert(dataset, rows: pa.Table, note: Mapping[str, Any]):
+    """One transaction that replaces the rows whose id is there and adds the others."""
+    builder = dataset.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+    return _commit(dataset, builder.execute_uncommitted(rows)[0], note)
+
+
+def delete(dataset, revs, note: Mapping[str, Any] | None = None):
+    """One transaction without the rows of these revs. By join, not by predicate: a long IN list is slow, and is kept in the log."""
+    rows = pa.table({"rev": pa.array(revs, pa.uint64())})
+    return _commit(dataset, dataset.merge_insert("rev").when_matched_delete().execute_uncommitted(rows)[0], note)
+
+
+def mark(dataset, note: Mapping[str, Any]):
+    """A transaction that changes nothing but the history."""
+    import lance
+
+    operation = lance.LanceOperation.Append([])
+    return _commit(dataset, lance.Transaction(dataset.version, operation), note)
+
+
+def _commit(dataset, transaction, note: Mapping[str, Any] | None):
+    import lance
+
+    if note:
+        transaction.transaction_properties = dict(transaction.transaction_properties or {}) | properties(note)
+    return lance.LanceDataset.commit(dataset, transaction)
+
+
+def merge_files(dataset) -> bool:
+    """Rewrite small files and files with deleted rows into few; row order stays. Whether there was anything to do."""
+    done = dataset.optimize.compact_files(materialize_deletions=True, materialize_deletions_threshold=0.0)
+    return done.fragments_removed > 0
+
+
+def forget(dataset, everything: bool) -> None:
+    """Delete files that only earlier versions need: all of them, or those more than an hour old (a reader may be at them)."""
+    dataset.cleanup_old_versions(older_than=timedelta(0) if everything else timedelta(hours=1), delete_unverified=everything)
+
+
+# ---- store.json -------------------------------------------------------------------------------------------------------
+
+
+def load(path: Path) -> dict[str, Any]:
+    """store.json. Raises StoreError where there is no datastore, it is damaged, or of a newer format."""
+    file = path / "store.json"
+    if not file.is_file():
+        what = "is no datastore (it has no store.json)" if path.exists() else "does not exist"
+        raise StoreError(f"{path} {what}; build one with ralm build {path} FILES, or check the path")
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        number = int(facts["format"])
+        if not all(isinstance(facts[k], str) for k in ("id", "split")) or not all(isinstance(facts[k], int) for k in BOUNDS):
+            raise ValueError("a value has the wrong type")
+    except (ValueError, KeyError, TypeError) as e:
+        raise StoreError(f"{file} is damaged ({type(e).__name__}: {e}); restore it from a copy, or build it again") from e
+    if number > FORMAT:
+        raise StoreError(f"{path} has format {number}, this ralm reads up to {FORMAT}; install a newer ralm")
+    return facts
+
+
+BOUNDS = ("next_rev", "next_chunk", "floor")  # smallest number not used yet (at least), oldest version that can be opened
+
+
+def save(path: Path, facts: Mapping[str, Any]) -> None:
+    """Replace store.json in one step."""
+    temporary = path / f"store.{os.getpid()}.tmp"
+    with temporary.open("w", encoding="utf-8") as f:
+        json.dump(facts, f, indent=1, sort_keys=True)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(path / "store.json")

@@ -1,0 +1,285 @@
+"""One version of a datastore, as a reader sees it: small arrays in memory (a few bytes per chunk), texts on disk.
+
+A view never changes; a Datastore swaps its view for a newer one. Row positions come from sorted id arrays
+(`np.searchsorted`), so a random read is one batched take from the texts table."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ralm.errors import StoreError
+from ralm.types import Chunk, Document
+from ralm.what import filters, tables
+from ralm.what.rows import id_of, key_of
+
+REMEMBER = 64_000_000  # characters of document text kept for the next read
+FILTERS = 16  # filters kept as bitmaps
+
+
+class Source(NamedTuple):
+    """The revision of a document that a chunk was cut from."""
+
+    id: str
+    title: str
+    source: str
+    text: str
+
+
+class View:
+    """The documents table at one version, with the texts and chunks tables as they are now (a superset)."""
+
+    def __init__(self, path: Path, facts: dict[str, Any], version: int | None = None):
+        self.path, self.facts = path, facts
+        self.documents = tables.table(path, "documents", version)  # before the others: they hold what it names
+        self.texts = tables.table(path, "texts")
+        self.chunks_table = tables.table(path, "chunks")
+        self.version: int = self.documents.version
+        self._recent: OrderedDict[int, Source] = OrderedDict()
+        self._recent_size = 0
+        self._filtered: OrderedDict[str | None, np.ndarray] = OrderedDict()
+        self._guard = threading.Lock()
+
+    def _column(self, dataset, *names: str) -> list[np.ndarray]:
+        try:
+            table = dataset.to_table(columns=list(names))
+        except Exception as e:
+            raise self._lost(dataset, e) from e
+        return [table.column(n).to_numpy().astype(np.int64 if n != "_key" else np.uint64, copy=False) for n in names]
+
+    def _lost(self, dataset, error: Exception) -> StoreError:
+        latest = tables.load(self.path)["floor"]
+        if self.version < latest:
+            return StoreError(f"{self.path} was purged (versions below {latest} are gone) since version {self.version} of it was "
+                              "opened; open it again")
+        return tables.damaged(Path(dataset.uri), error)
+
+    # ---- arrays, loaded once --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """rev, key and number of chunks per document, by row position."""
+        rev, key, chunks = self._column(self.documents, "rev", "_key", "_chunks")
+        return rev, key, chunks
+
+    @cached_property
+    def _by_key(self) -> tuple[np.ndarray, np.ndarray]:
+        order = np.argsort(self._rows[1], kind="stable")
+        return self._rows[1][order], order
+
+    @cached_property
+    def _by_rev(self) -> tuple[np.ndarray, np.ndarray]:
+        order = np.argsort(self._rows[0], kind="stable")
+        return self._rows[0][order], order
+
+    @cached_property
+    def _text_rev(self) -> np.ndarray:
+        return self._ascending(self._column(self.texts, "rev")[0], self.texts)
+
+    @cached_property
+    def _chunk(self) -> tuple[np.ndarray, np.ndarray]:
+        """id and rev of every stored chunk, ascending in id."""
+        id, rev = self._column(self.chunks_table, "id", "rev")
+        return self._ascending(id, self.chunks_table), rev
+
+    @cached_property
+    def _span(self) -> tuple[np.ndarray, np.ndarray]:
+        start, end = self._column(self.chunks_table, "start", "end")
+        return start, end
+
+    def _ascending(self, ids: np.ndarray, dataset) -> np.ndarray:
+        if len(ids) > 1 and not (ids[1:] > ids[:-1]).all():
+            raise tables.damaged(Path(dataset.uri), ValueError("its row numbers are not ascending"))
+        return ids
+
+    # ---- sets of chunks ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def n_documents(self) -> int:
+        return self.documents.count_rows()
+
+    @cached_property
+    def n_chunks(self) -> int:
+        return int(self._rows[2].sum())
+
+    @cached_property
+    def chunk_rows(self) -> int:
+        return max(int(self.facts["next_chunk"]), int(self._chunk[0][-1]) + 1 if len(self._chunk[0]) else 0)
+
+    def _bitmap(self, revs: np.ndarray) -> np.ndarray:
+        """bool [chunk_rows]: the chunks of these document revisions."""
+        ids, rev = self._chunk
+        top = max(int(rev.max(initial=-1)), int(revs.max(initial=-1))) + 1
+        wanted = np.zeros(top, bool)
+        wanted[revs] = True
+        out = np.zeros(self.chunk_rows, bool)
+        out[ids[wanted[rev]]] = True
+        return out
+
+    def allow(self, where: str | None = None, exclude: Sequence[str] = ()) -> np.ndarray:
+        """See Datastore.allow."""
+        where = where.strip() or None if where else None
+        with self._guard:
+            bitmap = self._filtered.get(where)
+            if bitmap is not None:
+                self._filtered.move_to_end(where)
+        if bitmap is None:
+            bitmap = self._matching(where)
+            bitmap.flags.writeable = False
+            with self._guard:
+                self._filtered[where] = bitmap
+                while len(self._filtered) > FILTERS:
+                    self._filtered.pop(next(k for k in self._filtered if k is not None))
+        if not len(exclude):
+            return bitmap
+        bitmap = bitmap.copy()
+        ids, rev = self._chunk
+        for position in self.positions(exclude).values():
+            first, stop = np.searchsorted(rev, [self._rows[0][position], self._rows[0][position] + 1])  # ids and revs grow together
+            bitmap[ids[first:stop]] = False
+        bitmap.flags.writeable = False
+        return bitmap
+
+    def _matching(self, where: str | None) -> np.ndarray:
+        if where is not None:
+            revs = filters.revs(self.documents, where).to_numpy().astype(np.int64)
+            return self._bitmap(revs)
+        alive = self._bitmap(self._rows[0])
+        if int(alive.sum()) != self.n_chunks:
+            raise self._lost(self.chunks_table, ValueError(f"{int(alive.sum())} chunks stored, {self.n_chunks} expected"))
+        return alive
+
+    # ---- documents ----------------------------------------------------------------------------------------------------------
+
+    def positions(self, ids: Sequence[str]) -> dict[str, int]:
+        """Row positions in the documents table, for those of the ids that are there."""
+        names = list(dict.fromkeys(map(id_of, ids)))
+        keys, order = self._by_key
+        wanted = np.array([key_of(n) for n in names], np.uint64)
+        first = np.searchsorted(keys, wanted)
+        found = [int(order[j]) for i, w in zip(first.tolist(), wanted) for j in self._run(keys, i, w)]
+        if not found:
+            return {}
+        rows = self._take(self.documents, found, ["id"]).column("id").to_pylist()  # a key is 8 bytes: the id decides
+        named = set(names)
+        return {id: at for id, at in zip(rows, found) if id in named}
+
+    @staticmethod
+    def _run(keys: np.ndarray, at: int, key: np.uint64) -> Iterator[int]:
+        while at < len(keys) and keys[at] == key:
+            yield at
+            at += 1
+
+    def hashes(self, ids: Sequence[str]) -> dict[str, str]:
+        """Content hashes of those of the ids that are there."""
+        at = self.positions(ids)
+        return dict(zip(at, self._take(self.documents, list(at.values()), ["sha256"]).column(0).to_pylist())) if at else {}
+
+    def revs_of(self, positions: Sequence[int]) -> np.ndarray:
+        return self._rows[0][np.asarray(positions, np.int64)]
+
+    def read(self, where: str | None = None, positions: Sequence[int] | None = None, batch: int = 512) -> Iterator[Document]:
+        """Documents in the order they were added (or at the positions given)."""
+        if positions is None:
+            revs, order = self._by_rev
+            if where is not None:
+                keep = np.isin(revs, filters.revs(self.documents, where).to_numpy().astype(np.int64))
+                order = order[keep]
+        else:
+            order = np.asarray(positions, np.int64)
+        for i in range(0, len(order), batch):
+            at = order[i:i + batch]
+            rows = self._take(self.documents, at.tolist(), ["id", "title", "source", "licence", "date", "metadata"]).to_pylist()
+            sources = self.sources(self._rows[0][at], keep=False)
+            for row, rev in zip(rows, self._rows[0][at].tolist()):
+                yield Document(text=sources[rev].text, **row | {"metadata": json.loads(row["metadata"])})
+
+    # ---- texts ----------------------------------------------------------------------------------------------------------------
+
+    def _take(self, dataset, positions: Sequence[int], columns: list[str]):
+        try:
+            return dataset.take(list(positions), columns=columns)
+        except Exception as e:
+            raise self._lost(dataset, e) from e
+
+    def sources(self, revs: np.ndarray, keep: bool = True) -> dict[int, Source]:
+        """The revisions asked for, {rev: Source}; one read for all that are not remembered."""
+        wanted = np.unique(revs)
+        out: dict[int, Source] = {}
+        with self._guard:
+            for rev in wanted.tolist():
+                if rev in self._recent:
+                    self._recent.move_to_end(rev)
+                    out[rev] = self._recent[rev]
+        missing = wanted[[rev not in out for rev in wanted.tolist()]] if len(out) < len(wanted) else wanted[:0]
+        if len(missing):
+            at = np.searchsorted(self._text_rev, missing)
+            if at[-1] >= len(self._text_rev) or (self._text_rev[at] != missing).any():
+                raise self._lost(self.texts, ValueError("the text of a document is not there"))
+            rows = self._take(self.texts, at.tolist(), list(Source._fields))
+            fresh = dict(zip(missing.tolist(), map(Source, *(rows.column(f).to_pylist() for f in Source._fields))))
+            out |= fresh
+            if keep:
+                self._remember(fresh)
+        return out
+
+    def _remember(self, fresh: dict[int, Source]) -> None:
+        with self._guard:
+            for rev, source in fresh.items():
+                if rev not in self._recent:
+                    self._recent[rev] = source
+                    self._recent_size += len(source.text) + 200
+            while self._recent_size > REMEMBER and len(self._recent) > 1:
+                self._recent_size -= len(self._recent.popitem(last=False)[1].text) + 200
+
+    def chunk_positions(self, ids: Sequence[int]) -> np.ndarray:
+        asked = np.asarray(ids, np.int64).reshape(-1)
+        known = self._chunk[0]
+        at = np.searchsorted(known, asked)
+        gone = (at >= len(known)) | (known[np.minimum(at, len(known) - 1)] != asked) if len(known) else np.ones(len(asked), bool)
+        if gone.any():
+            some = ", ".join(map(str, asked[gone][:5].tolist()))
+            raise StoreError(f"{self.path} has no chunk {some} (any more): ids run to {self.chunk_rows - 1}, and "
+                             "compaction drops dead ones; search again, or rebuild the index they came from")
+        return at
+
+    def chunks(self, ids: Sequence[int]) -> list[Chunk]:
+        """See Datastore.chunks."""
+        if not len(ids):
+            return []
+        at = self.chunk_positions(ids)
+        revs = self._chunk[1][at]
+        sources = self.sources(revs)
+        out = []
+        spans = (column[at].tolist() for column in self._span)
+        for id, rev, start, end in zip(np.asarray(ids).tolist(), revs.tolist(), *spans):
+            s = sources[rev]
+            out.append(Chunk(id, s.id, start, end, s.text[start:end], s.title, s.source))
+        return out
+
+    def document_ids(self, chunk_ids: Sequence[int]) -> list[str]:
+        """See Datastore.document_ids. Reads the texts table's id column only."""
+        if not len(chunk_ids):
+            return []
+        revs = self._chunk[1][self.chunk_positions(chunk_ids)]
+        wanted, back = np.unique(revs, return_inverse=True)
+        at = np.searchsorted(self._text_rev, wanted)
+        names = self._take(self.texts, at.tolist(), ["id"]).column("id").to_pylist()
+        return [names[i] for i in back.tolist()]
+
+    def stored(self, first: int = 0, batch: int = 4096) -> Iterator[tuple[np.ndarray, list[str], list[str]]]:
+        """See Datastore.texts."""
+        ids, revs = self._chunk
+        start, end = self._span
+        for i in range(int(np.searchsorted(ids, first)), len(ids), batch):
+            rows = slice(i, i + batch)
+            sources = self.sources(revs[rows], keep=False)
+            cut = [(sources[r], a, b) for r, a, b in zip(revs[rows].tolist(), start[rows].tolist(), end[rows].tolist())]
+            yield ids[rows], [s.title for s, _, _ in cut], [s.text[a:b] for s, a, b in cut]

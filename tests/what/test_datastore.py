@@ -1,0 +1,93 @@
+"""The store against a plain dict: random adds, updates, removals, compactions, every version remembered."""
+
+
+import numpy as np
+import pytest
+
+from ralm.errors import UsageError
+from ralm.types import Document
+from ralm.what.datastore import Datastore
+
+
+def corpus(n: int = 6) -> list[Document]:
+    return [Document(f"d{i}", f"words of document {i} " * (i + 1), title=f"T{i}", licence="cc0" if i % 2 else "by",
+                     metadata={"year": 1990 + i}) for i in range(n)]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Datastore.build(tmp_path / "kb.ralm", corpus(), split="words:5")
+
+
+def test_example(tmp_path):
+    store = Datastore.build(tmp_path / "kb.ralm", [Document("a", "text one", metadata={"year": 1999})])
+    held = store.version
+    store.add([Document("b", "text two")])
+    store.remove(["a"])
+    assert [d.id for d in store.documents()] == ["b"]
+    assert [d.id for d in Datastore.open(tmp_path / "kb.ralm", version=held).documents()] == ["a"]
+
+
+def test_chunks_are_spans_of_their_documents(store):
+    ids = store.chunk_ids()
+    assert ids.tolist() == list(range(store.n_chunks)) and store.n_chunks == store.chunk_rows
+    asked = [int(ids[-1]), 0, 3, 3, 0]
+    for id, chunk in zip(asked, store.chunks(asked)):
+        document = store.document(chunk.document)
+        assert chunk.id == id and chunk.text == document.text[chunk.start:chunk.end] and chunk.title == document.title
+    assert store.document_ids(asked) == [c.document for c in store.chunks(asked)]
+    assert store.chunks([]) == [] and store.document_ids([]) == []
+
+
+def test_documents_come_back_as_they_were(store):
+    assert list(store.documents()) == corpus()
+    assert store.document("d3") == corpus()[3]
+    assert [d.id for d in store.documents("year >= 1993 and licence = 'cc0'")] == ["d3", "d5"]
+
+
+def test_filters_are_bitmaps_over_chunks(store):
+    allowed = store.allow("year = 1991")
+    assert {c.document for c in store.chunks(np.flatnonzero(allowed))} == {"d1"}
+    assert not store.allow("year = 1991", exclude=["d1"]).any()
+    assert store.allow(exclude=["d1", "nobody"]).sum() == store.n_chunks - allowed.sum()
+    assert store.allow("year = 1991") is allowed and not allowed.flags.writeable
+
+
+@pytest.mark.parametrize("where, says", [("yaer > 1", "Did you mean 'year'"), ("year >", "not understood"), ("year", "boolean"),
+                                         ("year > 1; drop table x", "one condition"), ("'", "not understood")])
+def test_wrong_filters_are_one_line(store, where, says):
+    for ask in (store.allow, lambda w: list(store.documents(w)), lambda w: store.remove(where=w)):
+        with pytest.raises(UsageError, match=says) as e:
+            ask(where)
+        assert "\n" not in str(e.value)
+    assert len(store) == 6
+
+
+def test_same_again_is_nothing(store):
+    version = store.version
+    added = store.add(corpus())
+    assert (added.documents, added.updated, added.unchanged, added.chunks) == (0, 0, 6, 0) and store.version == version
+
+
+def test_update_replaces_in_one_version(store):
+    before, version = store.chunk_rows, store.version
+    added = store.add([Document("d1", "quite other words"), Document("d2", "first"), Document("d2", "last one wins")])
+    assert (added.documents, added.updated, added.chunks) == (0, 2, 2) and store.version == version + 1
+    assert store.document("d2").text == "last one wins" and len(store) == 6
+    assert [c.document for c in store.chunks(range(before, before + 2))] == ["d1", "d2"]
+    old = Datastore.open(store.path, version=version)
+    assert list(old.documents()) == corpus()
+    assert [c.text for c in old.chunks(old.chunk_ids())] == [c.text for c in store.chunks(old.chunk_ids())]
+
+
+def test_remove_is_all_or_nothing(store):
+    with pytest.raises(UsageError, match="'no', 'neither'"):
+        store.remove(["d1", "no", "neither"])
+    assert len(store) == 6
+    with pytest.raises(UsageError, match="nothing to remove"):
+        store.remove()
+    reader = Datastore.open(store.path)
+    removed = store.remove(["d1"], where="year > 1994")
+    assert removed.documents == 2 and sorted(d.id for d in store.documents()) == ["d0", "d2", "d3", "d4"]
+    assert len(reader) == 6 and reader.alive.all()
+    assert len(reader.refresh()) == 4
