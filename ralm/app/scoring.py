@@ -1,0 +1,63 @@
+"""`ralm score`: perplexity and bits per byte of texts, alone or with retrieval, with the convention that makes them comparable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from ralm.app.asking import speaking
+from ralm.app.options import LM, At, Files, Finder, HowArg, StoreArg, Strict, WhenArg, Where, documents, positive
+from ralm.app.terminal import Output, bold, count, duration, facts, number, table
+
+SHOWN = 10  # documents listed one by one
+
+
+def score(store: StoreArg, /, *files: Files, lm: LM = "bundled:base", how: HowArg = "none", when: WhenArg = "once",
+          window: Annotated[int | None, Parameter(help="Most tokens the model sees at once, evidence included; default: all it "
+                                                       "can.")] = None,
+          stride: Annotated[int | None, Parameter(help="Tokens predicted per window after the first; default: half of what the "
+                                                       "window leaves for text.")] = None,
+          exclude_self: Annotated[bool, Parameter(show_default=False, help="A text that is itself in the datastore, by id or by its "
+                                                  "words, is not retrieved while it is scored.")] = False,
+          retriever: Finder = "auto", where: Where = None, at: At = None, strict: Strict = False,
+          save: Annotated[Path | None, Parameter(help="Keep each document's figures in this file (JSON lines); a run that was "
+                                                      "stopped goes on from it.")] = None,
+          out: Output = Output()) -> None:  # noqa: B008
+    """Perplexity and bits per byte of texts; every document of FILE is scored on its own, no context crosses.
+
+    JSON: ppl (per token), bits_per_byte, nats_per_token, tokens, bytes, convention, seconds; word_ppl, words, documents, intervals,
+    retrievals, excluded_documents, rows [{id, nats, tokens, words, bytes, ...}], version."""
+    from ralm.eval.perplexity import evaluate_perplexity
+
+    positive("--window", window)
+    positive("--stride", stride)
+    skipped: list[Any] = []
+    texts = list(documents("score", files, strict, skipped))
+    system, kb = speaking(store, at, lm, how, when, retriever, where)
+    result = evaluate_perplexity(system, texts, window=window, stride=stride, exclude_self=exclude_self, ledger=save)
+    data = result | {"version": kb.version, "skipped": [{"file": str(s[0]), "reason": str(s[1])} for s in skipped]}
+    out.show(data, lambda: _lines(data))
+
+
+def _lines(data: dict[str, Any]) -> Iterator[str]:
+    low, high = data["intervals"]["ppl"]
+    between = f"  ({number(low, 2)} – {number(high, 2)})" if data["documents"] > 1 else ""
+    yield from facts({bold("perplexity"): number(data["ppl"], 3) + " per token" + between,
+                      "bits per byte": number(data["bits_per_byte"]), "nats per token": number(data["nats_per_token"]),
+                      "word perplexity": number(data["word_ppl"], 2),
+                      "over": f"{count(data['documents'], 'document')}, {count(data['tokens'], 'token')}, "
+                              f"{count(data['words'], 'word')}, {count(data['bytes'], 'byte')}",
+                      "retrievals": f"{data['retrievals']:,}", "took": duration(data["seconds"])})
+    if len(data["rows"]) > 1:
+        yield ""
+        rows = [[r["id"], f"{r['tokens']:,}", number(r["nats"] / r["tokens"] if r["tokens"] else None)]
+                for r in data["rows"][:SHOWN]]
+        yield from table(rows, ["document", "tokens", "nats per token"], right=[1, 2])
+        if len(data["rows"]) > SHOWN:
+            yield f"… and {len(data['rows']) - SHOWN:,} more (--json lists all)"
+    yield ""
+    yield "convention"
+    yield from ("  " + line for line in facts({k: v for k, v in data["convention"].items() if v is not None}))
