@@ -15,6 +15,7 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from ralm.types import Chunk, Document
 from ralm.what import filters, history, tables
 from ralm.what.history import VersionInfo
 from ralm.what.lock import WriteLock
+from ralm.what.rows import row
 from ralm.what.view import View
 from ralm.what.write import Added, Compacted, Removed, Writer
 
@@ -52,7 +54,7 @@ class Datastore:
     def _create(path: Path, spec: str, columns: list) -> Datastore:
         from ralm.what.split import split
 
-        split(spec)
+        split(spec)("one probe: a splitter that lacks its package or file fails here, before anything is made")
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise StoreError(f"{path} exists already; open it, or choose another path")
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")  # one rename makes it visible, complete
@@ -95,7 +97,8 @@ class Datastore:
                 raise StoreError(f"{path} is split by '{store.split}', '{split}' is asked for; "
                                  f"ask for '{store.split}', or build another datastore")
         else:
-            store = Datastore.create(path, split)
+            documents, columns = _first_columns(documents, batch)
+            store = Datastore._create(path, split, columns)
         store.add(documents, batch=batch)
         return store
 
@@ -248,3 +251,16 @@ class Datastore:
         from ralm.what.union import Union
 
         return Union(*stores)
+
+
+def _first_columns(documents: Iterable[Document], batch: int) -> tuple[Iterator[Document], list]:
+    """The documents once more, and the filter columns of the first batch: a new table has them from its first version on."""
+    documents = iter(documents)
+    first, size = [], 0
+    for document in documents:
+        first.append(document)
+        size += len(document.text)
+        if len(first) >= batch or size >= CHARACTERS:
+            break
+    fields, _ = filters.new_columns(tables.DOCUMENTS, [row(d).metadata for d in first])
+    return chain(first, documents), fields

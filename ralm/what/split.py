@@ -51,6 +51,17 @@ def _trim(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return out
 
 
+def _growing(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Without spans that lie within a neighbour (overlapping blocks may differ by bytes of one character or by white space)."""
+    out: list[tuple[int, int]] = []
+    for start, end in spans:
+        if out and out[-1][0] == start:
+            out[-1] = (start, max(end, out[-1][1]))
+        elif not out or end > out[-1][1]:
+            out.append((start, end))
+    return out
+
+
 @dataclass(frozen=True)
 class Words:
     """Blocks of n words; the text between the words stays as it is."""
@@ -108,7 +119,7 @@ class Tokens:
             return _trim(text, [(0, len(text))])
         starts[0] = 0
         starts.append(len(text))
-        return _trim(text, [(starts[a], starts[b]) for a, b in _blocks(len(offsets), self.n, self.overlap)])
+        return _growing(_trim(text, [(starts[a], starts[b]) for a, b in _blocks(len(offsets), self.n, self.overlap)]))
 
 
 @dataclass(frozen=True)

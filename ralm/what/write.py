@@ -1,8 +1,9 @@
 """The one writer: what a transaction of each kind does to the three tables, and in which order.
 
 The order is the crash safety. Adding: texts, chunks, then the commit to documents; killed before it, the rows written
-are orphans that no version names. Purging: the new documents version, then store.json says that earlier versions are gone
-and which numbers are used up, and only then are rows and files deleted; killed after that, the next purge goes on."""
+are orphans that no version names. Purging: the documents table is rewritten as a new version, then store.json says that
+earlier versions are gone and which numbers are used up (one rename: from here on they cannot be opened), then rows and files
+are deleted, and last a version that says "purge"; killed in between, the next purge finishes it."""
 
 from __future__ import annotations
 
@@ -154,18 +155,17 @@ class Writer:
         before = self._bytes()
         with progress.task("compact", total=4) as advance:
             tables.merge_files(self.documents)
+            self._remember(floor=self.documents.version if purge else None)
             advance(1)
             keep = self.view._rows[0] if purge else self._named()
             texts = np.setdiff1d(self.view._text_rev, keep)
             dead = int((~np.isin(self.view._chunk[1], keep)).sum())
-            action = "purge" if purge else "compact"
-            self.documents = tables.mark(self.documents, {"action": action, "documents": len(texts), "chunks": dead})
-            self._remember(floor=self.documents.version if purge else None)
-            advance(1)
             self._drop(texts)
             advance(1)
             for dataset in (self.texts, self.chunks, *([self.documents] if purge else [])):
                 tables.forget(dataset, everything=purge)
+            advance(1)
+            tables.mark(self.documents, {"action": "purge" if purge else "compact", "documents": len(texts), "chunks": dead})
             advance(1)
         return Compacted(len(texts), dead, before - self._bytes())
 
