@@ -7,31 +7,16 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ralm.errors import UsageError
+from ralm.eval.answers import em_squad, f1_squad
 from ralm.lm.reader import Reader, Reading
-from ralm.lm.spans import log_softmax, normalised
+from ralm.lm.spans import log_softmax
 from ralm.train.reader_data import Paragraphs, Question, bm25_top, read_squad
-
-
-def exact(prediction: str, golds: Sequence[str]) -> float:
-    """SQuAD exact match; with no golds (unanswerable) the empty prediction is right."""
-    return float(any(normalised(prediction) == normalised(g) for g in golds or [""]))
-
-
-def overlap(prediction: str, golds: Sequence[str]) -> float:
-    """SQuAD F1 of words, best over the golds; with no golds the empty prediction is right."""
-    best = 0.0
-    for gold in golds or [""]:
-        p, g = normalised(prediction).split(), normalised(gold).split()
-        same = sum((Counter(p) & Counter(g)).values())
-        best = max(best, float(p == g) if not p or not g else 2 * same / (len(p) + len(g)))
-    return best
 
 
 def pick(questions: Sequence[Question], sample: int | None) -> list[Question]:
@@ -53,8 +38,8 @@ def evaluate(reader: Reader, data: Paragraphs, sample: int | None = None) -> dic
     free = [("" if r.abstain else best_text(r), q.answers) for r, q in zip(readings, asked)]
     return {"questions": len(asked)} | {
         name: 100 * float(np.mean([metric(text, golds) for text, golds in rows]))
-        for name, metric, rows in (("f1", overlap, always), ("em", exact, always),
-                                   ("f1_abstaining", overlap, free), ("em_abstaining", exact, free))}
+        for name, metric, rows in (("f1", f1_squad, always), ("em", em_squad, always),
+                                   ("f1_abstaining", f1_squad, free), ("em_abstaining", em_squad, free))}
 
 
 def fit_threshold(reader: Reader, data: Paragraphs, sample: int | None = None) -> float:
@@ -62,8 +47,8 @@ def fit_threshold(reader: Reader, data: Paragraphs, sample: int | None = None) -
     asked = pick(data.questions, sample)
     readings = reader.read_many([(q.text, [data.texts[q.paragraph]]) for q in asked])
     margins = np.array([r.margin for r in readings])
-    answer = np.array([overlap(best_text(r), q.answers) for r, q in zip(readings, asked)])
-    silent = np.array([overlap("", q.answers) for q in asked])
+    answer = np.array([f1_squad(best_text(r), q.answers) for r, q in zip(readings, asked)])
+    silent = np.array([f1_squad("", q.answers) for q in asked])
     order = np.argsort(margins)
     # after sorting: answer the first n, abstain on the rest
     scores = np.concatenate([[0], answer[order].cumsum()]) + np.concatenate([silent[order][::-1].cumsum()[::-1], [0]])
@@ -81,8 +66,8 @@ def open_domain(reader: Reader, asked: Sequence[Question], texts: Sequence[str],
                                 None if logps is None else list(logps), 3,
                                 None if titles is None else [[titles[n] for n in row] for row in rows])
     return {"questions": len(asked), "found": 100 * float(np.mean([q.paragraph in row for q, row in zip(asked, rows)])),
-            "f1": 100 * float(np.mean([overlap(best_text(r), q.answers) for r, q in zip(readings, asked)])),
-            "em": 100 * float(np.mean([exact(best_text(r), q.answers) for r, q in zip(readings, asked)]))}, readings
+            "f1": 100 * float(np.mean([f1_squad(best_text(r), q.answers) for r, q in zip(readings, asked)])),
+            "em": 100 * float(np.mean([em_squad(best_text(r), q.answers) for r, q in zip(readings, asked)]))}, readings
 
 
 def fit_retriever_weight(reader: Reader, held: Paragraphs, every: Paragraphs, search: Callable, sample: int = 100,
@@ -96,7 +81,7 @@ def fit_retriever_weight(reader: Reader, held: Paragraphs, every: Paragraphs, se
     for weight in weights:
         readings = [reader.marginalise(texts[n], cuts[n * k : n * k + k], reads[n * k : n * k + k], logps[n], k, weight)
                     for n in range(len(asked))]
-        best = max(best, (float(np.mean([overlap(best_text(r), q.answers) for r, q in zip(readings, asked)])), weight))
+        best = max(best, (float(np.mean([f1_squad(best_text(r), q.answers) for r, q in zip(readings, asked)])), weight))
     return best[1]
 
 
