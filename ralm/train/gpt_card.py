@@ -1,0 +1,73 @@
+"""The model card of the bundled language model, written from what the run knows about itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ralm.lm.gpt import GPTConfig
+
+CARD = """# bundled:base
+
+A small decoder that ships with ralm so that everything on the language-model side (In-Context RALM, REPLUG, RAG, kNN-LM)
+runs without a download: `ralm.load_lm("bundled:base")` or `--lm bundled:base`.
+{unfinished}
+| | |
+|---|---|
+| parameters | {parameters:.2f} M, embeddings included (tied) |
+| shape | {layers} layers, width {width}, {heads} heads, MLP {mlp} (SwiGLU), window {window}, vocabulary {vocab} (byte-level BPE) |
+| arithmetic | that of Qwen3 in transformers: RMSNorm before each block, rotary positions, normed queries and keys |
+| files | model.safetensors (float16, loaded as float32), config.json, tokenizer.json |
+| gives | text, logits, hidden (the final normed state, width {width}) |
+| BOS, EOS | `<\\|end\\|>`, id {end}: stands before the first token and after each document |
+| {file} | **{bpb:.4f} bits per byte**; perplexity per token {token_ppl:.1f}, per whitespace word {word_ppl:.1f} |
+
+The figure counts all {bytes:,} bytes of the text{part}, {tokens:,} tokens; window {eval_window}, stride {stride}, {bos} BOS.
+Print it again: `python -m ralm.train.gpt_eval checkpoints/base`.
+
+## How it was made
+
+`python -m ralm.train.gpt recipes/base.toml`, from random weights: {minutes:.0f} minutes on 2 cores of an AMD EPYC (AVX-512,
+{dtype}) shared with other work, no accelerator; {steps:,} steps of {batch} rows of {window} tokens, {seen:.1f} M tokens in all.
+Muon for matrices, AdamW for embeddings and norms; the learning rate went to zero by the clock.
+
+Rows seen, by source: {rows}.
+
+- books: 149 public-domain books (57 MB).
+- wikipedia: 378 English Wikipedia articles (13 MB), CC BY-SA; the same articles once more as `wikitext_form`, written the
+  way WikiText writes text (spaces around punctuation, ` @-@ `, ` = Heading = `), so that WikiText measures words, not typography.
+  No WikiText file was trained on, and none of the validation articles is among the 378 (by title).
+- {evidence:.0%} of the rows begin with a passage from elsewhere in the same document that shares rare words with the text,
+  in the form in which ralm prepends passages (title, newline, passage, newline).
+
+Validation while training (bits per byte of the first part of {file}): {log}.
+
+## What it is not good for
+
+It is a few million parameters that read a few million words: grammatical English with little knowledge and no reasoning. It
+answers no questions worth reading (use `bundled:reader` or a larger model for that), follows no instructions, knows no
+programming language, and nothing after its books and articles. Text it writes may be false or offensive as old books can be.
+Its purpose is to measure and show what retrieval changes. Beyond {window} tokens it cannot look.
+
+## Licence
+
+Weights: as the package. Training text: public domain (books) and CC BY-SA 3.0/4.0 (Wikipedia; no text is contained in these files
+apart from the tokenizer's word pieces).
+"""
+
+
+SNAPSHOT = "\n**Training still runs; this is a snapshot, and its figures are of a part of the text.**\n"
+
+
+def card(c: GPTConfig, trained: dict[str, Any]) -> str:
+    """README.md of a checkpoint, from its config and the run's own record."""
+    s, t = trained["scored"], trained["recipe"]["train"]
+    log = ", ".join(f"{e['bits_per_byte']:.3f} at {e['seconds'] / 60:.0f} min" for e in trained["log"])
+    part = "" if trained["finished"] else " (its beginning)"
+    return CARD.format(
+        unfinished="" if trained["finished"] else SNAPSHOT,
+        parameters=trained["parameters"] / 1e6, layers=c.layers, width=c.width, heads=c.heads, mlp=c.mlp, window=c.window,
+        vocab=c.vocab, end=c.end, file=s["file"], bpb=s["bits_per_byte"], token_ppl=s["token_ppl"], word_ppl=s["word_ppl"],
+        bytes=s["bytes"], part=part, tokens=s["tokens"], eval_window=s["window"], stride=s["stride"], bos=s["bos"],
+        minutes=trained["minutes"], dtype=t["dtype"], steps=trained["steps"], batch=t["batch"], seen=trained["tokens"] / 1e6,
+        rows=", ".join(f"{name} {n:,}" for name, n in trained["rows"].items()),
+        evidence=trained["recipe"]["data"]["evidence"], log=log)
