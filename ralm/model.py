@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ralm.errors import CapabilityError, UsageError
-from ralm.types import Answer, Done, Event, Evidence, Fusion, Hits, Retrieved, Retriever, Schedule, Scored, Segment, Token
-from ralm.when import plan, schedule, window_of, windows
+from ralm.errors import CapabilityError, RalmError, UsageError
+from ralm.types import Answer, Done, Event, Evidence, Fusion, Hits, Retrieved, Retriever, Schedule, Scored, Segment
+from ralm.when import Never, plan, schedule, window_of, windows
 
 if TYPE_CHECKING:
     import torch
@@ -51,9 +51,13 @@ class RALM:
             self.when = schedule(self.when)
         if self.how.how != "none" and self.retriever is None:
             raise UsageError(f"{type(self.how).__name__} needs a retriever, none was given; pass one, or use how='none'")
-        speaks = self.lm.gives & {"spans", "text"} and "logits" not in self.lm.gives
-        if not speaks and not self.how.needs <= self.lm.gives:
-            self._refuse(self.how.needs)
+        if "logits" in self.lm.gives:
+            if not self.how.needs <= self.lm.gives:
+                self._refuse(type(self.how).__name__, self.how.needs)
+        elif "text" in self.lm.gives:
+            from ralm.how.cite import check_text_only
+
+            check_text_only(self)
 
     def __repr__(self) -> str:
         return f"RALM(lm={self.lm.name}, retriever={self.retriever!r}, how={self.how!r}, when={self.when!r})"
@@ -62,47 +66,55 @@ class RALM:
     def store(self):
         return self.retriever.store if self.retriever is not None else None
 
-    def _refuse(self, needs: frozenset[str]) -> None:
-        missing = ", ".join(sorted(needs - self.lm.gives))
-        raise CapabilityError(f"{type(self.how).__name__} needs {missing} from the model, '{self.lm.name}' gives "
-                              f"{', '.join(sorted(self.lm.gives))} only; use a local model (bundled:base, hf:NAME) "
-                              "or an input-layer method that reads text")
+    def _refuse(self, who: str, needs: frozenset[str]) -> None:
+        missing = " and ".join(sorted(needs - self.lm.gives))
+        raise CapabilityError(f"{who} needs {missing} from the model, '{self.lm.name}' gives "
+                              f"{', '.join(sorted(self.lm.gives))} only; use a local model (bundled:base, hf:NAME)")
 
     # ---- scoring ----------------------------------------------------------------------------------------------------
 
     def score(self, text: str | Sequence[int], *, prompt: str | Sequence[int] = "", window: int | None = None,
-              stride: int | None = None, exclude: Sequence[str] = ()) -> Scored:
+              stride: int | None = None, exclude: Sequence[str] = (), query: str | None = None) -> Scored:
         """ln p(x_t | x_<t, D) for every token of `text` (given `prompt`), with the evidence used.
 
         window: most tokens the model sees at once (default and maximum: the model's); stride: tokens predicted per window
         after the first (default: half the room left for text). exclude: ids of documents that must not be retrieved.
+        query: what to search for at the end of the prompt (default: the prompt).
         Raises UsageError for a window or stride that does not fit, CapabilityError for a model without distributions."""
         import torch
 
         began = time.perf_counter()
-        if "logits" not in self.lm.gives:
-            self._refuse(frozenset({"logits"}))
-        given, ids = self._encode(prompt), self._encode(text)
-        run = _Run(self, given + ids, len(given), window, stride, exclude,
-                   question=prompt if isinstance(prompt, str) else None)
+        run = self._run(text, prompt, window, stride, exclude, query)
         logp: list[float] = []
         with torch.inference_mode():
             for start, logp_SV in run.distributions():
                 targets = torch.tensor(run.ids[start:start + len(logp_SV)])
                 logp += logp_SV.gather(1, targets[:, None])[:, 0].tolist()
-        plain = text if isinstance(text, str) else self.lm.tokenizer.decode(list(text))
+        ids = run.ids[run.prompt:]
+        plain = text if isinstance(text, str) else self.lm.tokenizer.decode(ids)
         return Scored(np.asarray(logp, np.float64), np.asarray(ids, np.int64), len(plain.encode("utf-8", "surrogatepass")),
-                      len(plain.split()), run.evidence, run.convention(), time.perf_counter() - began)
+                      len(plain.split()), run.evidence, run.convention(), time.perf_counter() - began,
+                      np.asarray(run.force, np.int64))
 
     def distributions(self, text: str | Sequence[int], *, prompt: str | Sequence[int] = "", window: int | None = None,
-                      stride: int | None = None, exclude: Sequence[str] = ()) -> torch.Tensor:
-        """ln p(. | x_<t, D) for every token of `text`, float32 [T, V]: what `score` reads one number per token of."""
+                      stride: int | None = None, exclude: Sequence[str] = (), query: str | None = None,
+                      stepwise: bool = False) -> torch.Tensor:
+        """ln p(. | x_<t, D) for every token of `text`, float32 [T, V]: what `score` reads one number per token of.
+
+        stepwise: token by token on cached prefixes, as `stream` does. Law 3 says that nothing changes."""
         import torch
 
-        given, ids = self._encode(prompt), self._encode(text)
-        run = _Run(self, given + ids, len(given), window, stride, exclude, question=prompt if isinstance(prompt, str) else None)
+        run = self._run(text, prompt, window, stride, exclude, query)
         with torch.inference_mode():
-            return torch.cat([logp_SV for _, logp_SV in run.distributions()])
+            parts = [logp_SV for _, logp_SV in run.distributions(stepwise)]
+        return torch.cat(parts) if parts else torch.empty(0, self.lm.vocab)
+
+    def _run(self, text, prompt, window, stride, exclude, query) -> _Run:
+        if "logits" not in self.lm.gives:
+            self._refuse("scoring", frozenset({"logits"}))
+        given = self._encode(prompt)
+        return _Run(self, given + self._encode(text), len(given), window, stride, _names(exclude),
+                    query or (prompt if isinstance(prompt, str) else None))
 
     def _encode(self, text: str | Sequence[int]) -> list[int]:
         return self.lm.tokenizer.encode(text) if isinstance(text, str) else [int(i) for i in text]
@@ -115,35 +127,39 @@ class RALM:
         """Draw a continuation of `prompt`: Retrieved, Token, ... and one Done. temperature 0 is greedy.
 
         Token.logp is ln p under the whole system (not the sharpened sampling distribution). query: what to search for at
-        the end of the prompt (default: the prompt). stop: texts that end the stream, not part of it."""
+        the end of the prompt (default: the prompt). stop: texts that end the stream, not part of it.
+        Raises UsageError and CapabilityError at once, before the first event is asked for."""
         from ralm.lm.sample import check
 
         if max_tokens < 1:
             raise UsageError(f"max_tokens={max_tokens} asks for no token; use at least 1")
         check(temperature, top_k, top_p)
+        stops = [s for s in ((stop,) if isinstance(stop, str) else stop) if s]
         if "logits" in self.lm.gives:
-            yield from self._stream_local(prompt, max_tokens, dict(temperature=temperature, top_k=top_k, top_p=top_p), seed,
-                                          stop, window, stride, exclude, query)
-        elif "text" in self.lm.gives:
-            from ralm.how.cite import stream_remote
+            from ralm.how.rows import PrefixCache
 
-            yield from stream_remote(self, prompt, max_tokens=max_tokens, temperature=temperature, stop=stop,
-                                     exclude=exclude, query=query)
-        else:
-            self._refuse(frozenset({"text"}))
+            given = self._encode(prompt)
+            run = _Run(replace(self, lm=PrefixCache(self.lm)), list(given), len(given), window, stride, _names(exclude),
+                       query or prompt)
+            return self._stream(run, max_tokens, dict(temperature=temperature, top_k=top_k, top_p=top_p), seed, stops)
+        if "text" not in self.lm.gives:
+            self._refuse("streaming", frozenset({"text"}))
+        from ralm.how.cite import stream_remote
 
-    def _stream_local(self, prompt, max_tokens, sampling, seed, stop, window, stride, exclude, query) -> Iterator[Event]:
+        if (top_k, top_p, window, stride) != (None, None, None, None):
+            raise CapabilityError(f"'{self.lm.name}' is a server: top_k, top_p, window and stride are its own; leave them out")
+        return stream_remote(self, prompt, max_tokens=max_tokens, temperature=temperature, stop=stops,
+                             exclude=_names(exclude), query=query)
+
+    def _stream(self, run: _Run, max_tokens: int, sampling: dict[str, Any], seed: int, stops: Sequence[str]) -> Iterator[Event]:
         import torch
 
-        from ralm.how.rows import PrefixCache
+        from ralm.lm.pieces import Pieces
         from ralm.lm.sample import sample
 
-        began = time.perf_counter()
-        given = self._encode(prompt)
-        run = _Run(replace(self, lm=PrefixCache(self.lm)), list(given), len(given), window, stride, exclude,
-                   question=query or prompt)
+        began, told, reason = time.perf_counter(), 0, "length"
         generator = torch.Generator().manual_seed(seed)
-        shown, told, reason = "", 0, "length"
+        pieces = Pieces(self.lm.tokenizer, stops)
         for _ in range(max_tokens):
             with torch.inference_mode():
                 logp_V = run.step(len(run.ids))
@@ -155,17 +171,12 @@ class RALM:
                 reason = "eos"
                 break
             run.ids.append(token)
-            text = self.lm.tokenizer.decode(run.ids[len(given):])
-            piece = "" if text.endswith("�") else text[len(shown):]  # wait for the rest of a split character
-            cut = min((text.find(s) for s in stop if s in text), default=-1)
-            if cut >= 0:
-                piece, reason = text[len(shown):cut], "stop"
-            shown += piece
-            if piece or cut < 0:
-                yield Token(piece, token, float(logp_V[token]))
-            if cut >= 0:
+            yield from pieces.add(token, float(logp_V[token]))
+            if pieces.stopped:
+                reason = "stop"
                 break
-        yield Done(shown, len(run.ids) - len(given), reason, run.evidence, time.perf_counter() - began)
+        yield from pieces.rest()
+        yield Done(pieces.shown, len(pieces.ids), reason, run.evidence, time.perf_counter() - began)
 
     def _retrieved(self, e: Evidence) -> Retrieved:
         from ralm.how.cite import passages
@@ -174,34 +185,52 @@ class RALM:
 
     def generate(self, prompt: str, **sampling) -> str:
         """The text of `stream` in one piece."""
-        return [e for e in self.stream(prompt, **sampling) if isinstance(e, Done)][0].text
+        return next(e for e in self.stream(prompt, **sampling) if isinstance(e, Done)).text
 
     # ---- answers and provenance ---------------------------------------------------------------------------------------
 
     def answer(self, question: str, *, k: int | None = None, exclude: Sequence[str] = (), max_tokens: int = 64) -> Answer:
         """Answer with citations. A reader marginalises verbatim spans over k passages and may abstain; a language model
-        reads the passages as `how` says and its citations are resolved against them. Raises UsageError for an empty question."""
+        reads the passages as `how` says (with how="none": prepended, since an answer needs evidence) and its citations are
+        resolved against them. Raises UsageError for an empty question or k < 1."""
         from ralm.how.cite import answer_with_lm, answer_with_reader
 
         if not question.strip():
             raise UsageError("the question is empty; ask something")
         if self.retriever is None:
-            raise UsageError("answer() needs a retriever to read from, none was given")
+            raise UsageError("answer() needs a retriever to read from, none was given; pass one")
+        if k is not None and k < 1:
+            raise UsageError(f"k={k} passages give no evidence; use k >= 1")
         if "spans" in self.lm.gives:
-            return answer_with_reader(self, question, k or 10, exclude)
-        return answer_with_lm(self, question, k, exclude, max_tokens)
+            return answer_with_reader(self, question, k or 10, _names(exclude))
+        return answer_with_lm(self, question, k, _names(exclude), max_tokens)
 
-    def explain(self, text: str, *, exclude: Sequence[str] = (), **windowing) -> Provenance:
-        """Per token: ln p of the model alone, ln p of the system, and the evidence in force; per document: the nats it moved."""
-        system = self.score(text, exclude=exclude, **windowing)
-        alone = replace(self, how="none").score(text, **windowing)
+    def explain(self, text: str, *, prompt: str = "", window: int | None = None, stride: int | None = None,
+                exclude: Sequence[str] = ()) -> Provenance:
+        """Per token: ln p of the model alone, ln p of the system, and the evidence in force; per document: the nats it moved.
+
+        The model alone sees the same windows of text as the system, so that evidence is the only difference."""
+        system = self.score(text, prompt=prompt, window=window, stride=stride, exclude=exclude)
+        room = system.convention["window"] - system.convention["evidence_tokens"]
+        alone = replace(self, how="none").score(text, prompt=prompt, window=room, stride=system.convention["stride"])
         return Provenance.of(self, system, alone)
 
     def search(self, query: str, k: int, exclude: Sequence[str] = ()) -> tuple[Hits, float]:
         """One query through the retriever with this RALM's filter: hits without padding, and seconds."""
         began = time.perf_counter()
-        hits = self.retriever.search([query], k=k, where=self.where, exclude=exclude) if query.strip() else Hits.empty(1, k)
-        return hits.row(0), time.perf_counter() - began
+        (hits,) = self._search([query], k, _names(exclude))
+        return hits, time.perf_counter() - began
+
+    def _search(self, queries: Sequence[str], k: int, exclude: tuple[str, ...]) -> list[Hits]:
+        """Hits of each query without padding; a blank query asks for nothing and finds nothing."""
+        asked = [q for q in queries if q.strip()]
+        hits = self.retriever.search(asked, k=k, where=self.where, exclude=exclude) if asked else Hits.empty(0, k)
+        rows = iter([hits.row(i) for i in range(len(asked))])
+        return [next(rows) if q.strip() else Hits.empty(1, 0) for q in queries]
+
+
+def _names(exclude: str | Sequence[str]) -> tuple[str, ...]:
+    return (exclude,) if isinstance(exclude, str) else tuple(exclude)
 
 
 @dataclass
@@ -213,19 +242,22 @@ class _Run:
     prompt: int  # tokens given, not scored
     window: int | None
     stride: int | None
-    exclude: Sequence[str]
+    exclude: tuple[str, ...]
     question: str | None = None  # the query at the end of the prompt; None: its last tokens
     evidence: list[Evidence] = field(default_factory=list)
     fetched: dict[tuple[int, int], Hits] = field(default_factory=dict)
     at: int | None = None  # position of the evidence in force while stepping
     context: int | None = None  # the window being stepped through
+    due: list[int] = field(default_factory=list)  # positions at which the segments now computed may retrieve
+    force: list[int] = field(default_factory=list)  # per token: position of the evidence in force, -1 where none
 
     def __post_init__(self):
-        how, lm, store = self.ralm.how, self.ralm.lm, self.ralm.store
-        limit = self.window or lm.window
+        how, lm = self.ralm.how, self.ralm.lm
+        limit = lm.window if self.window is None else self.window
         if not 2 <= limit <= lm.window:
             raise UsageError(f"window {limit} does not fit '{lm.name}', which sees 2 to {lm.window} tokens")
-        self.reserve = how.reserve(lm) if store is not None and len(store) else 0
+        self.retrieves = self._can_retrieve()
+        self.reserve = how.reserve(lm) if self.retrieves else 0
         self.size = limit - self.reserve  # room for the text itself
         if self.size < 2:
             raise UsageError(f"evidence may take {self.reserve} tokens of a window of {limit}, which leaves {self.size} for the "
@@ -234,13 +266,20 @@ class _Run:
         if not 1 <= self.stride <= self.size:
             raise UsageError(f"stride {self.stride} must lie between 1 and the {self.size} tokens the window leaves for the text")
 
-    def distributions(self) -> Iterator[tuple[int, torch.Tensor]]:
+    def _can_retrieve(self) -> bool:
+        """Whether there is anything to find: where there is not, evidence must not take the text's room either (law 4)."""
+        r = self.ralm
+        if r.how.how == "none" or getattr(r.how, "k", 1) == 0 or r.store is None or isinstance(r.when, Never):
+            return False
+        return bool(r.store.allow(where=r.where, exclude=self.exclude).any())
+
+    def distributions(self, stepwise: bool = False) -> Iterator[tuple[int, torch.Tensor]]:
         """(position, logp_SV) for runs of tokens, in order: whole windows where the schedule is known in advance, token by
-        token on cached prefixes where it depends on the distribution."""
-        if self.ralm.when.adaptive:
+        token on cached prefixes where it depends on the distribution (or where that is asked for)."""
+        if self.ralm.when.adaptive or stepwise:
             from ralm.how.rows import PrefixCache
 
-            run = replace(self, ralm=replace(self.ralm, lm=PrefixCache(self.ralm.lm)))
+            run = replace(self, ralm=replace(self.ralm, lm=PrefixCache(self.ralm.lm)))  # shares the lists of this run
             for t in range(self.prompt, len(self.ids)):
                 yield t, run.step(t)[None]
             return
@@ -248,11 +287,12 @@ class _Run:
             start = max(start, self.prompt)
             if start >= stop:
                 continue
-            forced = self.prompt - context if self.prompt and start == self.prompt else None
-            segments = plan(self.ralm.when, start - context, stop - context, forced)
-            if self.ralm.how.how == "none":
-                segments = [Segment(start - context, stop - context, None)]
+            segments = [Segment(start - context, stop - context, None)]
+            if self.retrieves:
+                forced = self.prompt - context if 0 < self.prompt == start else None
+                segments = plan(self.ralm.when, start - context, stop - context, forced)
             for s, logp_1SV in self._logprobs(context, stop, segments):
+                self.force += [-1 if s.at is None else context + s.at] * (s.stop - s.start)
                 yield context + s.start, logp_1SV[0]
 
     def step(self, t: int) -> torch.Tensor:
@@ -261,43 +301,53 @@ class _Run:
         context = window_of(t, self.size, self.stride)[0]
         if context != self.context:
             self.context, self.at = context, None
-        forced = 0 < self.prompt == t
+        forced = self.retrieves and 0 < self.prompt == t
         last = None if self.at is None else self.at - context
-        if forced or (not when.adaptive and when.due(t - context, last, None)):
+        if forced or (self.retrieves and not when.adaptive and when.due(t - context, last, None)):
             self.at = t
         logp_V = self._at(context, t)
-        if when.adaptive and not forced and when.due(t - context, last, float(logp_V.max().exp())):
+        if self.retrieves and when.adaptive and not forced and when.due(t - context, last, float(logp_V.max().exp())):
             self.at = t
             logp_V = self._at(context, t)
+        self.force.append(-1 if self.at is None else self.at)
         return logp_V
 
     def _at(self, context: int, t: int) -> torch.Tensor:
-        at = None if self.at is None or self.ralm.how.how == "none" else self.at - context
-        (_, logp_1SV), = self._logprobs(context, t + 1, [Segment(t - context, t + 1 - context, at)])
+        at = None if self.at is None else self.at - context
+        ((_, logp_1SV),) = self._logprobs(context, t + 1, [Segment(t - context, t + 1 - context, at)])
         return logp_1SV[0, -1]
 
     def _logprobs(self, context: int, stop: int, segments: Sequence[Segment]):
         import torch
 
+        self.due = [context + s.at for s in segments if s.at is not None]
         ids_BT = torch.tensor([self.ids[context:stop]], dtype=torch.long)
         return self.ralm.how.logprobs(self.ralm.lm, ids_BT, segments,
                                       lambda queries, k, s: self._fetch(queries, k, context + s.at), self.ralm.store)
 
     def _fetch(self, queries: Sequence[str] | None, k: int, at: int) -> Hits:
-        """Search once per position; the query ends before `at`, so nothing that is to be predicted can leak into it."""
+        """Search once per position (all that are due together in one search). The query ends before `at`, so nothing that is
+        to be predicted can leak into it."""
+        if at not in self.due:
+            raise RalmError(f"{type(self.ralm.how).__name__} asks for evidence at token {at}, retrieval is due at {self.due}; a "
+                            "fusion must fetch for the segments it is given")
         if (at, k) not in self.fetched:
-            if queries is not None:
-                query = queries[0]
-            elif self.question is not None and at == self.prompt:
-                query = self.question
-            else:
-                query = self.ralm.lm.tokenizer.decode(self.ids[max(0, at - self.ralm.how.query_tokens):at])
-            hits, seconds = self.ralm.search(query, k, self.exclude)
-            self.fetched[at, k] = hits
+            new = [at] if queries is not None else [a for a in self.due if (a, k) not in self.fetched]
+            texts = list(queries[:1]) if queries is not None else [self._query(a) for a in new]
+            began = time.perf_counter()
+            found = self.ralm._search(texts, k, self.exclude)
+            seconds = (time.perf_counter() - began) / len(new)
             prior = getattr(self.ralm.how, "log_prior", None)
-            weights = prior(hits.scores[0])[0].exp().numpy() if prior and hits.ids.size else None
-            self.evidence.append(Evidence(at, query, hits.ids[0], hits.scores[0], seconds, weights))
+            for a, query, hits in zip(new, texts, found):
+                self.fetched[a, k] = hits
+                weights = prior(hits.scores[0])[0].exp().numpy() if prior and hits.ids.size else None
+                self.evidence.append(Evidence(a, query, hits.ids[0], hits.scores[0], seconds, weights))
         return self.fetched[at, k]
+
+    def _query(self, at: int) -> str:
+        if self.question is not None and at == self.prompt:
+            return self.question
+        return self.ralm.lm.tokenizer.decode(self.ids[max(0, at - self.ralm.how.query_tokens):at])
 
     def convention(self) -> dict[str, Any]:
         """What must be known to compare the number with another."""
@@ -305,29 +355,28 @@ class _Run:
         return {"lm": r.lm.name, "tokenizer": f"{r.lm.name}, {r.lm.vocab} tokens", "window": self.size + self.reserve,
                 "stride": self.stride, "evidence_tokens": self.reserve, "bos": "one per window", "unit": "per token",
                 "how": repr(r.how), "when": repr(r.when), "retriever": repr(r.retriever) if r.how.how != "none" else None,
-                "excluded": list(self.exclude), "prompt_tokens": self.prompt}
+                "where": r.where, "excluded": list(self.exclude), "prompt_tokens": self.prompt}
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What retrieval changed. `moved[doc]` sums (ln p_system - ln p_lm) over tokens, shared among the documents in force."""
+    """What retrieval changed. `documents[id]` sums (ln p_system - ln p_lm) over tokens, shared among the documents in force."""
 
     tokens: list[str]
     logp_lm: np.ndarray  # float64 [T]
     logp: np.ndarray  # float64 [T]
-    at: np.ndarray  # int64 [T]: position of the retrieval in force, -1 where none
+    at: np.ndarray  # int64 [T]: position of the retrieval in force (as Evidence.at), -1 where none
     evidence: Sequence[Evidence]
     documents: dict[str, float]
 
     @staticmethod
     def of(ralm: RALM, system: Scored, alone: Scored) -> Provenance:
-        starts = [e.at for e in system.evidence]
-        force = np.array([max((s for s in starts if s <= t), default=-1) for t in range(len(system.logp))], np.int64)
+        """From two scores of the same text, the second without retrieval."""
         moved: dict[str, float] = {}
         for e in system.evidence:
-            gain = float((system.logp - alone.logp)[force == e.at].sum())
+            gain = float((system.logp - alone.logp)[system.at == e.at].sum())
             weights = e.weights if e.weights is not None else np.full(len(e.ids), 1 / max(1, len(e.ids)))
             for chunk, w in zip(ralm.store.chunks(e.ids.tolist()) if len(e.ids) else (), weights):
                 moved[chunk.document] = moved.get(chunk.document, 0.0) + gain * float(w)
         pieces = [ralm.lm.tokenizer.decode([t]) for t in system.tokens.tolist()]
-        return Provenance(pieces, alone.logp, system.logp, force, system.evidence, moved)
+        return Provenance(pieces, alone.logp, system.logp, system.at, system.evidence, moved)

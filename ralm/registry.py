@@ -1,4 +1,4 @@
-"""Spec strings: every part is named as `name`, `name:value` or `name:key=value,key=value`, in Python, TOML and on the command line."""
+"""Spec strings: a part is named as `name`, `name:value` or `name:key=value,key=value`, in Python, TOML and the command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ralm.errors import UsageError, unknown
 
 @dataclass(frozen=True)
 class Spec:
-    """`every:4` -> Spec("every", ["4"→4], {}); `ensemble:k=4,weights=prior` -> Spec("ensemble", [], {"k": 4, "weights": "prior"})."""
+    """`every:4` -> Spec("every", (4,), {}); `ensemble:k=4,weights=prior` -> Spec("ensemble", (), {"k": 4, "weights": "prior"})."""
 
     name: str
     args: tuple[Any, ...] = ()

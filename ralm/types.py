@@ -88,7 +88,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """One retrieval: the unit of attribution. `at` is the position in the scored text it was made at."""
+    """One retrieval: the unit of attribution. `at` counts the tokens (of prompt and text) that stood before it."""
 
     at: int
     query: str
@@ -109,6 +109,7 @@ class Scored:
     evidence: Sequence[Evidence]
     convention: Mapping[str, Any]
     seconds: float
+    at: np.ndarray | None = None  # int64 [T]: Evidence.at of the evidence in force at each token, -1 where none
 
     @property
     def nats(self) -> float:

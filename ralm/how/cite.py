@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,11 +19,11 @@ from ralm.types import Answer, Citation, Cited, Done, Event, Evidence, Retrieved
 if TYPE_CHECKING:
     from ralm.model import RALM
 
-MARKER = re.compile(r"\[(\d+)\]")
+MARKER = re.compile(r"\[([0-9]{1,6})\]")
 _SENTENCE = re.compile(r"[^\s].*?(?:[.!?](?=[\s\"')\]]|$)|\n\s*\n|$)", re.S)
 _WORD = re.compile(r"\w+")
-_COMMON = frozenset("a an and are as at be by for from has have in is it its of on or that the this to was were which with "
-                    "what who when where how why does do did".split())
+_COMMON = frozenset(("a an and are as at be by for from has have in is it its of on or that the this to was were which with "
+                     "what who when where how why does do did").split())
 
 
 def passages(store, ids: np.ndarray, scores: np.ndarray) -> list[Citation]:
@@ -60,7 +61,8 @@ def words(text: str) -> set[str]:
 
 
 def support(statement: str, passage: Citation) -> Citation | None:
-    """The sentence of the passage that shares most content words with the statement; score = share of them. None if none is shared."""
+    """The sentence of the passage that shares most content words with the statement, None if none shares any; score = the share
+    of the statement's words."""
     wanted = words(statement)
     best, found = 0.0, None
     for start, end in sentences(passage.quote):
@@ -73,38 +75,39 @@ def support(statement: str, passage: Citation) -> Citation | None:
 def resolve(text: str, evidence: Sequence[Citation]) -> list[tuple[int, Citation]]:
     """Markers [n] of a text as (n, citation), first use first; the quote is the passage's sentence nearest to the statement
     the marker ends. Numbers that name no passage ([0], [7] of 3) resolve to nothing."""
-    out, begin = [], 0
+    out: dict[int, Citation] = {}
+    begin, statement = 0, ""
     for m in MARKER.finditer(text):
         n = int(m.group(1))
-        statement = text[begin:m.start()].strip() or text[:m.start()]
-        if 1 <= n <= len(evidence) and n not in (used for used, _ in out):
-            passage = evidence[n - 1]
-            out.append((n, support(statement, passage) or passage))
+        statement = text[begin:m.start()].strip(" .,;\n") or statement  # [1][2]: both end the same statement
         begin = m.end()
-    return out
+        if 1 <= n <= len(evidence) and n not in out:
+            out[n] = support(statement, evidence[n - 1]) or evidence[n - 1]
+    return list(out.items())
 
 
 # ---- answering ------------------------------------------------------------------------------------------------------
 
 
 def answer_with_reader(ralm: RALM, question: str, k: int, exclude: Sequence[str]) -> Answer:
-    """Verbatim spans, marginalised over passages (REALM, section 3.1 and its Open-QA fine-tuning); may abstain."""
+    """Verbatim spans, marginalised over passages (REALM, section 3.1 and its Open-QA fine-tuning); may abstain.
+
+    p(z|x) is the softmax of the retriever's scores; scores that are no logits (rank fusion) make it almost flat."""
+    from ralm.lm.spans import log_softmax
+
     began = time.perf_counter()
     hits, _ = ralm.search(question, k, exclude)
     evidence = passages(ralm.store, hits.ids[0], hits.scores[0])
     if not evidence:
         return Answer("", True, [], [], time.perf_counter() - began)
-    reading = ralm.lm.read(question, [p.quote for p in evidence], titles=[p.title for p in evidence], scores=hits.scores[0])
+    prior_K = log_softmax(hits.scores[0].astype(np.float64))
+    reading = ralm.lm.read(question, [p.quote for p in evidence], logp=prior_K, titles=[p.title for p in evidence])
     if reading.abstain or not reading.spans:
         return Answer("", True, [], evidence, time.perf_counter() - began)
     best = reading.spans[0]
-    cited, seen = [], set()
-    for span in reading.spans:  # every passage that says the same is cited, best first
-        if span.text.casefold() == best.text.casefold() and span.passage not in seen:
-            seen.add(span.passage)
-            passage = evidence[span.passage]
-            cited.append(narrow(passage, *sentence_around(passage.quote, span.start, span.end), float(np.exp(span.score))))
-    return Answer(best.text, False, cited, evidence, time.perf_counter() - began, best.score)
+    cited = [narrow(p := evidence[span.passage], *sentence_around(p.quote, span.start, span.end), float(np.exp(span.score)))
+             for span in reading.support]
+    return Answer(best.text, False, cited, evidence, time.perf_counter() - began, best.answer_logp)
 
 
 def question_prompt(question: str) -> str:
@@ -114,28 +117,38 @@ def question_prompt(question: str) -> str:
 
 def answer_with_lm(ralm: RALM, question: str, k: int | None, exclude: Sequence[str], max_tokens: int) -> Answer:
     """The text of `stream` after a question, cited by its own markers or by the sentences that support it."""
-    from dataclasses import replace
-
     began = time.perf_counter()
-    if k is not None and hasattr(ralm.how, "k"):
-        ralm = replace(ralm, how=replace(ralm.how, k=k))
     local = "logits" in ralm.lm.gives
-    text, logp, evidence, cited = "", 0.0, [], []
-    events = ralm.stream(question_prompt(question) if local else question, query=question, exclude=exclude,
-                         max_tokens=max_tokens, stop=("\n", "Question:") if local else ())
+    text, logp, evidence = "", 0.0, {}
+    events = _reading(ralm, k).stream(question_prompt(question) if local else question, query=question, exclude=exclude,
+                                      max_tokens=max_tokens, stop=("\n", "Question:") if local else ())
     for event in events:
-        if isinstance(event, Retrieved) and not evidence:
-            evidence = list(event.passages)
+        if isinstance(event, Retrieved):
+            evidence |= {p.chunk: p for p in event.passages if p.chunk not in evidence}
         elif isinstance(event, Token):
             logp += event.logp
         elif isinstance(event, Done):
             text = event.text.strip()
-    cited = [c for _, c in resolve(text, evidence)]
+    read = list(evidence.values())
+    cited = [c for _, c in resolve(text, read)] if not local else []  # a local prompt numbers nothing: [1] would mean nothing
     if not cited:
-        supported = [c for c in (support(text, p) for p in evidence) if c is not None]
+        supported = [c for c in (support(text, p) for p in read) if c is not None]
         cited = sorted(supported, key=lambda c: -c.score)[:1]
-    abstained = not text or not evidence  # nothing was found, or nothing was said: an answer would stand on nothing
-    return Answer("" if abstained else text, abstained, [] if abstained else cited, evidence, time.perf_counter() - began, logp)
+    abstained = not text or not read  # nothing was found, or nothing was said: an answer would stand on nothing
+    return Answer("" if abstained else text, abstained, [] if abstained else cited, read, time.perf_counter() - began, logp)
+
+
+def _reading(ralm: RALM, k: int | None) -> RALM:
+    """The system that answers: with how="none" it would not read what its answer has to stand on, so passages are prepended."""
+    from ralm.how.input import Prepend
+
+    how = ralm.how
+    if how.how == "none":
+        k = k or 3
+        return replace(ralm, how=Prepend(k=k, tokens=max(k, min(512, getattr(ralm.lm, "window", 1024) // 2))))
+    if k is None or not hasattr(how, "k"):
+        return ralm
+    return replace(ralm, how=replace(how, k=k))
 
 
 # ---- models that only take and give text ----------------------------------------------------------------------------
@@ -149,32 +162,39 @@ def numbered_prompt(question: str, evidence: Sequence[Citation]) -> str:
             + "\n\n".join(blocks) + f"\n\nQuestion: {question}")
 
 
-def stream_remote(ralm: RALM, prompt: str, *, max_tokens: int, temperature: float, stop: Sequence[str],
-                  exclude: Sequence[str], query: str | None) -> Iterator[Event]:
-    """Stream from a server: retrieve once, prepend numbered passages, resolve markers as they close.
-
-    Raises CapabilityError for anything but one retrieval in front of the prompt: a text interface can do no other."""
-    how = ralm.how
-    if type(how).__name__ not in ("Prepend", "Plain"):
+def check_text_only(ralm: RALM) -> None:
+    """Raise CapabilityError for anything but one retrieval in front of the prompt: a text interface can do no other."""
+    how, when = ralm.how, ralm.when
+    if how.how != "none" and type(how).__name__ != "Prepend":
         raise CapabilityError(f"{type(how).__name__} needs full distributions, '{ralm.lm.name}' gives text only; "
                               "use --how prepend, or a local model")
-    if how.how != "none" and type(ralm.when).__name__ not in ("Once", "Never"):
-        raise CapabilityError(f"{ralm.when!r} needs to stop the model between tokens, '{ralm.lm.name}' gives text only; "
+    if how.how != "none" and type(when).__name__ not in ("Once", "Never"):
+        raise CapabilityError(f"{when!r} needs to stop the model between tokens, '{ralm.lm.name}' gives text only; "
                               "use --when once, or a local model")
+
+
+def stream_remote(ralm: RALM, prompt: str, *, max_tokens: int, temperature: float, stop: Sequence[str],
+                  exclude: Sequence[str], query: str | None) -> Iterator[Event]:
+    """Stream from a server: retrieve once, prepend numbered passages, resolve markers as they close. `Prepend.tokens` is not
+    applied: only the server knows its tokens, so passages go as a whole."""
+    how = ralm.how
     began = time.perf_counter()
     evidence, used = [], []
     if how.how != "none" and type(ralm.when).__name__ == "Once" and how.k:
-        hits, seconds = ralm.search(query or prompt, how.k, exclude)
+        asked = query or prompt
+        hits, seconds = ralm.search(asked, how.k, exclude)
         evidence = passages(ralm.store, hits.ids[0], hits.scores[0])
-        used.append(Evidence(0, query or prompt, hits.ids[0], hits.scores[0], seconds))
-        yield Retrieved(0, query or prompt, evidence, seconds)
+        used.append(Evidence(0, asked, hits.ids[0], hits.scores[0], seconds))
+        yield Retrieved(0, asked, evidence, seconds)
     text, count, told = "", 0, 0
+    reason: list[str] = []
     message = numbered_prompt(prompt, evidence) if evidence else prompt
-    for piece, logp in ralm.lm.generate(message, max_tokens=max_tokens, temperature=temperature, stop=list(stop)):
+    pieces = ralm.lm.generate(message, max_tokens=max_tokens, temperature=temperature, stop=list(stop), reason=reason)
+    for piece, logp in pieces:
         text, count = text + piece, count + 1
         yield Token(piece, -1, logp)
         cited = resolve(text, evidence)
         for number, citation in cited[told:]:
             yield Cited(number, citation)
         told = len(cited)
-    yield Done(text, count, "stop", used, time.perf_counter() - began)
+    yield Done(text, count, reason[-1] if reason else "stop", used, time.perf_counter() - began)

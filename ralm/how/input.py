@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ralm.how.mixing import log_mix_tokens, log_posterior, log_weights
-from ralm.how.rows import logp_rows
 from ralm.types import Hits, LanguageModel, Segment
 
-Span = tuple[Segment, Tensor]
+if TYPE_CHECKING:  # the methods are named, compared and refused without torch: a remote model needs none of it
+    from torch import Tensor
+
+    Span = tuple[Segment, Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,10 @@ class Plain:
 
     def logprobs(self, lm: LanguageModel, ids_BT: Tensor, segments: Sequence[Segment], fetch: Callable, store) -> Iterator[Span]:
         """Yield (segment, logp_BSV); one forward for all segments."""
+        import torch
+
+        from ralm.how.rows import logp_rows
+
         first, stop = segments[0].start, segments[-1].stop
         logp = logp_rows(lm, [[lm.bos, *row[:stop - 1]] for row in ids_BT.tolist()], [first + 1] * len(ids_BT))
         logp_BSV = torch.stack(logp)
@@ -43,11 +46,12 @@ class Plain:
 
 
 class Passages:
-    """Token ids of passages as evidence: title, newline, text, newline; each cut to its share of the budget. Remembers them."""
+    """Token ids of passages as evidence: title, newline, text, newline; each cut to its share of the budget. Remembers them,
+    in the model's own memory where it has one (`PrefixCache`: a token must not cost a read of the store)."""
 
     def __init__(self, lm: LanguageModel, store, share: int):
         self.lm, self.store, self.share = lm, store, share
-        self.seen: dict[int, list[int]] = {}
+        self.seen: dict[int, list[int]] = getattr(lm, "passages", {}).setdefault((id(store), share), {})
 
     def __call__(self, ids: Sequence[int]) -> list[list[int]]:
         missing = [i for i in dict.fromkeys(ids) if i not in self.seen]
@@ -100,16 +104,22 @@ class Prepend:
 
     def logprobs(self, lm: LanguageModel, ids_BT: Tensor, segments: Sequence[Segment], fetch: Callable, store) -> Iterator[Span]:
         """Yield (segment, logp_BSV). Rows of all segments run as batches; one row serves neighbours with equal evidence."""
+        import torch
+
+        from ralm.how.rows import logp_jobs
+
         ids = ids_BT.tolist()
         passages = Passages(lm, store, self.tokens // max(1, self.k))
         hits = _evidence(segments, self.k, len(ids), fetch)
-        for group in _runs(segments, hits):
-            first, stop = segments[group[0]].start, segments[group[-1]].stop
-            rows = []
-            for b, row in enumerate(ids):
-                evidence = [t for p in reversed(passages(hits[group[0]][b].ids[0].tolist())) for t in p]
-                rows.append([lm.bos, *evidence, *row[:stop - 1]])
-            logp = logp_rows(lm, rows, [len(r) - (stop - 1 - first) for r in rows])
+        groups = [(g, segments[g[0]].start, segments[g[-1]].stop) for g in _runs(segments, hits)]
+
+        def jobs():
+            for group, first, stop in groups:
+                found = [passages(h.ids[0].tolist()) for h in hits[group[0]]]
+                rows = [[lm.bos, *(t for p in reversed(ps) for t in p), *row[:stop - 1]] for row, ps in zip(ids, found)]
+                yield rows, [len(r) - (stop - 1 - first) for r in rows]
+
+        for (group, first, _), logp in zip(groups, logp_jobs(lm, jobs())):
             for i in group:
                 s = segments[i]
                 yield s, torch.stack([p[s.start - first:s.stop - first] for p in logp])
@@ -147,35 +157,51 @@ class Ensemble:
 
     def log_prior(self, scores: np.ndarray) -> Tensor:
         """ln p(z|x) [1, K] of one retrieval's scores."""
+        import torch
+
+        from ralm.how.mixing import log_weights
+
         return log_weights(torch.from_numpy(np.ascontiguousarray(scores)).reshape(1, -1), self.temperature)
 
     def logprobs(self, lm: LanguageModel, ids_BT: Tensor, segments: Sequence[Segment], fetch: Callable, store) -> Iterator[Span]:
-        """Yield (segment, logp_BSV); the k contexts of a segment (of all batch rows) run as one batch."""
+        """Yield (segment, logp_BSV); the k contexts of a segment (of all batch rows, of many segments) run as one batch."""
+        import torch
+
+        from ralm.how.rows import logp_jobs
+
         ids = ids_BT.tolist()
         passages = Passages(lm, store, self.tokens)
-        for s, hits in zip(segments, _evidence(segments, self.k, len(ids), fetch)):
-            # posterior weights look back to the retrieval: what each passage gave the tokens at .. start-1
-            begin = s.start if s.at is None or self.weights == "prior" else s.at
-            contexts = [passages(h.ids[0].tolist()) or [[]] for h in hits]
-            rows = [[lm.bos, *p, *row[:s.stop - 1]] for row, ps in zip(ids, contexts) for p in ps]
-            logp = logp_rows(lm, rows, [len(r) - (s.stop - 1 - begin) for r in rows])
+        hits = _evidence(segments, self.k, len(ids), fetch)
+        # posterior weights look back to the retrieval: what each passage gave the tokens at .. start-1
+        begins = [s.start if s.at is None or self.weights == "prior" else s.at for s in segments]
+
+        def jobs():
+            for s, found, begin in zip(segments, hits, begins):
+                contexts = [passages(h.ids[0].tolist()) or [[]] for h in found]
+                rows = [[lm.bos, *p, *row[:s.stop - 1]] for row, ps in zip(ids, contexts) for p in ps]
+                yield rows, [len(r) - (s.stop - 1 - begin) for r in rows]
+
+        for s, found, begin, logp in zip(segments, hits, begins, logp_jobs(lm, jobs())):
             out, at = [], 0
-            for b, ps in enumerate(contexts):
-                logp_KSV = torch.stack(logp[at:at + len(ps)])
-                at += len(ps)
-                out.append(self._mix(logp_KSV, hits[b], ids[b][begin:s.stop], s.start - begin))
+            for row, h in zip(ids, found):
+                logp_KSV = torch.stack(logp[at:at + max(1, h.ids.size)])
+                at += len(logp_KSV)
+                out.append(self._mix(logp_KSV, h, row[begin:s.stop], s.start - begin))
             yield s, torch.stack(out)
 
     def _mix(self, logp_KSV: Tensor, hits: Hits, targets: list[int], skip: int) -> Tensor:
-        """Mix the contexts of one batch row: [K, S, V] from `begin` on -> [S - skip, V]."""
+        """Mix the contexts of one batch row: [K, S, V] from `begin` on -> [S - skip, V]. `targets` may lack the last token."""
+        import torch
+
+        from ralm.how.mixing import log_mix_tokens, log_posterior
+
         if logp_KSV.shape[0] == 1:
             return logp_KSV[0, skip:]
         w = self.log_prior(hits.scores[0])
         if self.weights == "posterior":
-            known = torch.tensor(targets[:logp_KSV.shape[1]] + [0] * (logp_KSV.shape[1] - len(targets)))  # the last may be unknown
+            known = torch.tensor(targets + [0] * (logp_KSV.shape[1] - len(targets)))  # the last one changes no weight
             logp_1KS = logp_KSV.gather(2, known.expand(logp_KSV.shape[0], -1).unsqueeze(-1)).squeeze(-1)[None]
-            w = log_posterior(w, logp_1KS)
-            w = w[:, :, skip:]
+            w = log_posterior(w, logp_1KS)[:, :, skip:]
         return log_mix_tokens(logp_KSV[None, :, skip:], w)[0]
 
 

@@ -52,9 +52,14 @@ def log_posterior(log_w_BK: Tensor, logp_BKT: Tensor) -> Tensor:
 
     Mixing tokens with these weights is the per-sequence marginal written token by token (chain rule), so RAG-Sequence
     streams: sum_t log_mix_tokens(logp, log_posterior(w, logp)) == log_mix_sequences(logp, w)."""
-    before_BKT = torch.cumsum(logp_BKT, -1) - logp_BKT  # exclusive: position t sees y_<t only
-    joint_BKT = log_w_BK.unsqueeze(-1) + before_BKT
-    return joint_BKT - torch.logsumexp(joint_BKT, 1, keepdim=True)
+    # Exclusive sums: position t sees y_<t only. Made by shifting, not by subtracting the last term (-inf - -inf is nan), and
+    # in float64: a few hundred tokens sum to thousands of nats, where float32 has lost the digits that tell passages apart.
+    total_BKT = torch.cumsum(logp_BKT.double(), -1)
+    before_BKT = torch.cat([torch.zeros_like(total_BKT[..., :1]), total_BKT[..., :-1]], -1)
+    joint_BKT = log_w_BK.double().unsqueeze(-1) + before_BKT
+    impossible = torch.isneginf(joint_BKT).all(1, keepdim=True)  # a past that no passage allows says nothing about them
+    joint_BKT = torch.where(impossible, log_w_BK.double().unsqueeze(-1), joint_BKT)
+    return (joint_BKT - torch.logsumexp(joint_BKT, 1, keepdim=True)).to(logp_BKT.dtype)
 
 
 def log_interpolate(logp_lm: Tensor, logp_other: Tensor, lam: float | Tensor) -> Tensor:

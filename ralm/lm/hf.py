@@ -58,7 +58,9 @@ class HF:
         self.tokenizer = HFTokenizer(tokenizer)
         self._head = model.get_output_embeddings()
         self._takes = set(inspect.signature(model.forward).parameters)
-        if self._head is None or "past_key_values" not in self._takes:
+        # transformers 5.24 calls it `cache`, earlier ones `past_key_values`
+        self._cache_name = next((n for n in ("cache", "past_key_values") if n in self._takes), None)
+        if self._head is None or self._cache_name is None:
             raise CapabilityError(f"'{self.name}' ({type(model).__name__}) has no output layer or no key-value cache "
                                   "that ralm can use; use a decoder such as GPT-2, Llama, Qwen, Mistral, Gemma or OPT")
         self.vocab = int(self._head.weight.shape[0])
@@ -124,14 +126,14 @@ class HF:
         mask_BL = self._mask(ids_BT, past, mask)
         positions_BT = self._positions(ids_BT, length, mask_BL)
         cache = past.fork() if past is not None else new_cache(self.config)
-        extra: dict[str, Any] = {}
+        extra: dict[str, Any] = {self._cache_name: cache}
         if "position_ids" in self._takes:
             extra["position_ids"] = positions_BT.to(there)
         if keep is not None and "logits_to_keep" in self._takes:
             extra["logits_to_keep"] = _keep(keep, there)
         self._seen.hidden, self._seen.active = None, True
         try:
-            out = self.model(input_ids=ids_BT.to(there), past_key_values=cache, use_cache=True, return_dict=True,
+            out = self.model(input_ids=ids_BT.to(there), use_cache=True, return_dict=True,
                              attention_mask=None if mask_BL is None else mask_BL.to(there), **extra)
             logits, hidden = out.logits, self._seen.hidden
         finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -24,6 +25,8 @@ from ralm.lm.spans import aggregate, band, normalised, passage_prior, windows, w
 
 if TYPE_CHECKING:
     from transformers import BertModel, PreTrainedTokenizerFast
+
+SUPPORT = 0.05  # a passage supports an answer if one occurrence in it gives at least this share of the answer's probability
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Reading:
     abstain: bool
     passage_logp: np.ndarray  # float64 [K], ln P(z | x)
     margin: float  # ln p_null - ln p_best; abstain is margin > threshold
+    support: list[Span] = field(default_factory=list)  # the best answer's best occurrence in each passage that gives it weight
 
 
 class SpanHead(nn.Module):
@@ -280,13 +284,19 @@ class Reader:
                     found.append((z, start, end, text[start:end], float(prior_K[z] + lp)))
         total = aggregate([(text, score) for *_, text, score in found])
         best: dict[str, tuple] = {}
+        places: dict[tuple[str, int], tuple] = {}
         for row in sorted(found, key=lambda row: (-row[4], row[0], row[1], row[2])):
-            best.setdefault(normalised(row[3]) or row[3], row)
+            key = normalised(row[3]) or row[3]
+            best.setdefault(key, row)
+            places.setdefault((key, row[0]), row)
         spans = [Span(*row, answer_logp=total[key]) for key, row in best.items()]
         spans.sort(key=lambda s: (-s.answer_logp, s.passage, s.start, s.end))
         p_null = float(np.exp(prior_K + np.array([r.null for r in reads])).sum())
         margin = float(np.log(max(p_null, 1e-300)) - spans[0].answer_logp) if spans else np.inf
-        return Reading(spans[:k], p_null, margin > self.config.abstain_above, prior_K, margin)
+        first = (normalised(spans[0].text) or spans[0].text) if spans else None
+        support = [Span(*row, answer_logp=total[key]) for (key, _), row in places.items()
+                   if key == first and row[4] > total[key] + math.log(SUPPORT)]
+        return Reading(spans[:k], p_null, margin > self.config.abstain_above, prior_K, margin, support)
 
 
 def _one_passage(parts: Iterable, keep: int) -> _Read:

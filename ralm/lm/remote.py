@@ -77,12 +77,13 @@ class Remote:
     # ---- writing ------------------------------------------------------------------------------------------------------
 
     def generate(self, prompt: str | Messages, max_tokens: int = 256, temperature: float = 0.0,
-                 stop: Sequence[str] = (), stream: bool = True) -> Iterator[Piece]:
+                 stop: Sequence[str] = (), stream: bool = True, reason: list[str] | None = None) -> Iterator[Piece]:
         """Yield (text, ln p of it) as it comes; nan where the server does not tell, or tells of several tokens at once.
 
         prompt: messages ({"role", "content"}), or a text: one user message where the server chats, else what it goes on
-        from. stop: texts that end the answer and are no part of it, whatever the server makes of them. Raises
-        ServerError, and CapabilityError for messages to a server that does not chat."""
+        from. stop: texts that end the answer and are no part of it, whatever the server makes of them. reason: is given
+        why the text ended, "stop" or "length".
+        Raises ServerError, and CapabilityError for messages to a server that does not chat."""
         if max_tokens < 1:
             raise UsageError(f"max_tokens={max_tokens} asks for no token; use at least 1")
         can = self.capabilities()
@@ -92,8 +93,11 @@ class Remote:
         body = self._body(way, prompt, can.chat is not None) | {way.limit: max_tokens, "temperature": temperature}
         if stop:
             body["stop"] = list(stop)
-        pieces = self._ask(replace(way, stream=way.stream and stream), body, can.chat is not None)
+        why: list[str] = [] if reason is None else reason
+        pieces = self._ask(replace(way, stream=way.stream and stream), body, can.chat is not None, why)
         yield from until(pieces, [s for s in stop if s])
+        if not why:
+            why.append("stop")  # a stop text that the server went past
 
     def _body(self, way: Way, prompt: str | Messages, chat: bool) -> dict[str, Any]:
         body: dict[str, Any] = {"model": self.model}
@@ -106,21 +110,25 @@ class Remote:
             body["logprobs"] = True if chat else 1
         return body
 
-    def _ask(self, way: Way, body: dict[str, Any], chat: bool) -> Iterator[Piece]:
-        """The pieces of one answer. Raises ServerError where it is cut off or is no answer."""
+    def _ask(self, way: Way, body: dict[str, Any], chat: bool, reason: list[str] | None = None) -> Iterator[Piece]:
+        """The pieces of one answer; `reason` is given why it ended. Raises ServerError where it is cut off or none."""
         path = "/chat/completions" if chat else "/completions"
+        reason = [] if reason is None else reason
         if not way.stream:
-            yield from pieces_of(self._choice(self.client.json("POST", path, body), path), chat, "message")
+            choice = self._choice(self.client.json("POST", path, body), path)
+            yield from pieces_of(choice, chat, "message")
+            reason.append("length" if choice.get("finish_reason") == "length" else "stop")
             return
-        ended, count = False, 0
+        count = 0
         for chunk in self.client.events(path, body | {"stream": True}):
             count += 1
             choice = self._choice(chunk, path, empty=True)
             if choice is None:  # usage, keep-alive
                 continue
             yield from pieces_of(choice, chat, "message" if "message" in choice else "delta")
-            ended = ended or choice.get("finish_reason") is not None
-        if not ended:
+            if choice.get("finish_reason") is not None:
+                reason.append("length" if choice["finish_reason"] == "length" else "stop")
+        if not reason:
             raise ServerError(f"{self.client.url}{path} ended its stream after {count} events without saying that it "
                               "finished; the text is incomplete, look at the server's own log")
 
