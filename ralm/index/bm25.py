@@ -1,4 +1,4 @@
-"""The scoring forms: small pure functions of counts, as papers write them. They run as they stand and inside the compiled kernels.
+"""The scoring forms: small pure functions of counts, as papers write them. They run as they stand and compiled.
 
     score(q, d) = sum over the terms t of q, repeated ones repeatedly, of  idf(df_t, N) * tf(tf_td, |d|, avgdl)
 
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numba.extending import register_jitable
+
+from ralm.index.compiled import compiled
 
 TF_SATURATING, TF_ATIRE, TF_L, TF_PLUS, TF_RELATIVE = 0, 1, 2, 3, 4
 
@@ -60,6 +62,18 @@ def tf_part(form, tf, length, average, k1, b, delta):
     if form == TF_PLUS:
         return tf_plus(tf, length, average, k1, b, delta)
     return tf_relative(tf, length, average, k1, b, delta)
+
+
+@compiled
+def fill_impacts(wanted, indptr, rows, tfs, lengths, average, form, k1, b, delta, absent, out):
+    """Write the tf part, less that of an absent term, of every posting of the wanted terms (-1: none) to `out`, float32.
+
+    It stands in this file, not with the other kernels, because numba recompiles a function when its own file changes."""
+    for t in wanted:
+        if t >= 0:
+            for j in range(indptr[t], indptr[t + 1]):
+                part = tf_part(form, float(tfs[j]), float(lengths[rows[j]]), average, k1, b, delta) - absent
+                out[j] = max(part, 0.0)
 
 
 def idf_robertson(df, n):

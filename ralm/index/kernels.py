@@ -1,8 +1,5 @@
 """Compiled loops of the sparse index: bytes -> tokens -> postings -> top k. Everything here works on plain arrays.
 
-Compiled once per machine (numba keeps the machine code beside this file, or in the user's cache folder where the package is
-read-only) and released from the interpreter lock, so threads can search at once.
-
 Scores are float32 and never negative, which two tricks rely on: an accumulator that no term touched holds -0.0, and as int32
 that is the smallest number there is while every touched one is >= 0 and sorts as the float does. So "shares a term" costs
 nothing to know, even where a matching chunk scores exactly 0, and the scan for candidates is an integer maximum."""
@@ -10,9 +7,8 @@ nothing to know, even where a matching chunk scores exactly 0, and the scan for 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
-from ralm.index.bm25 import tf_part
+from ralm.index.compiled import compiled
 
 END, OTHER, LETTER, DIGIT, LOW_LINE, HIGH, APOSTROPHE, POINT = 0, 1, 2, 3, 4, 5, 6, 7
 SEPARATOR = 0xFF  # stands after every text; no UTF-8 byte looks like it
@@ -34,7 +30,7 @@ def byte_kinds() -> np.ndarray:
     return kind
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _look(data, kind, i):
     """(kind, width) of what stands at byte i. General punctuation (U+2000 to U+203F, of which English text is full) is told from
     letters here; the curly apostrophe is an apostrophe, joiners and marks of direction stay in their run."""
@@ -49,7 +45,7 @@ def _look(data, kind, i):
     return kind[c], 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def tokenise(data, kind, lower, apostrophes, slots, hashes, starts, blob, count, ids, ptr):
     """Cut texts into runs and give every distinct run a number.
 
@@ -81,9 +77,9 @@ def tokenise(data, kind, lower, apostrophes, slots, hashes, starts, blob, count,
             what, width = _look(data, kind, i)
             if LETTER <= what <= HIGH:
                 continue
-            if what == APOSTROPHE and apostrophes and (last == LETTER or last == HIGH):
+            if what == APOSTROPHE and apostrophes and last in (LETTER, HIGH):
                 after = _look(data, kind, i + width)[0]
-                if after == LETTER or after == HIGH:
+                if after in (LETTER, HIGH):
                     continue
             elif what == POINT and last == DIGIT and kind[data[i + 1]] == DIGIT:
                 continue
@@ -113,7 +109,7 @@ def tokenise(data, kind, lower, apostrophes, slots, hashes, starts, blob, count,
     return n, count
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def rehash(hashes, count, slots):
     """Fill the free table `slots` with the numbers of `count` runs."""
     mask = np.uint64(len(slots) - 1)
@@ -125,7 +121,7 @@ def rehash(hashes, count, slots):
         slots[place] = number
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def expand(ids, ptr, run_ptr, run_terms):
     """Replace run numbers by the terms each run stands for (none, one, or several); returns (terms, new ptr)."""
     total = 0
@@ -141,19 +137,7 @@ def expand(ids, ptr, run_ptr, run_terms):
     return out, out_ptr
 
 
-@njit(cache=True, nogil=True)
-def hash_terms(blob, starts):
-    """FNV-1a, 64 bits, of each blob[starts[i]:starts[i+1]]."""
-    out = np.empty(len(starts) - 1, np.uint64)
-    for i in range(len(out)):
-        h = FNV_START
-        for j in range(starts[i], starts[i + 1]):
-            h = (h ^ np.uint64(blob[j])) * FNV_PRIME
-        out[i] = h
-    return out
-
-
-@njit(cache=True, nogil=True)
+@compiled
 def count_terms(terms, ptr, vocabulary):
     """Distinct terms of each row in the order they first occur, with their counts: (ptr [rows+1], terms, counts)."""
     seen, where = np.full(vocabulary, -1, np.int64), np.empty(vocabulary, np.int64)
@@ -172,7 +156,7 @@ def count_terms(terms, ptr, vocabulary):
     return out_ptr, out[:n], counts[:n]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def invert(row_ptr, terms, counts, order, indptr, rows, tfs):
     """Forward rows -> postings. order[t] is the final number of term t; indptr [V+1] must be zero. Renumbers `terms` in place."""
     for j in range(len(terms)):
@@ -188,7 +172,30 @@ def invert(row_ptr, terms, counts, order, indptr, rows, tfs):
             head[t] += 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
+def find(blob, starts, wanted, wanted_starts):
+    """int32: where each wanted term stands in a sorted vocabulary (term t is blob[starts[t]:starts[t+1]]), -1 where it does not."""
+    out = np.full(len(wanted_starts) - 1, -1, np.int32)
+    for i in range(len(out)):
+        a, size = wanted_starts[i], wanted_starts[i + 1] - wanted_starts[i]
+        low, high = 0, len(starts) - 1
+        while low < high:
+            middle = (low + high) >> 1
+            s, stop = starts[middle], starts[middle + 1]
+            j = 0
+            while j < size and s + j < stop and blob[s + j] == wanted[a + j]:
+                j += 1
+            if j == size and s + j == stop:
+                out[i] = middle
+                break
+            if j < size and (s + j == stop or blob[s + j] < wanted[a + j]):
+                low = middle + 1
+            else:
+                high = middle
+    return out
+
+
+@compiled
 def document_frequency(indptr, rows, row_ptr, terms, alive, dead):
     """int64 [V]: in how many alive rows each term occurs. Few dead rows are subtracted through the forward index, otherwise the
     postings are counted anew."""
@@ -207,11 +214,11 @@ def document_frequency(indptr, rows, row_ptr, terms, alive, dead):
     return df
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def copy_postings(term_map, to_row, indptr, rows, tfs, head, out_rows, out_tfs):
     """Append one segment's postings to a merged one: to_row[row] is the new row, or -1 to leave it out."""
     for t in range(len(term_map)):
-        to = term_map[t]
+        to = term_map[t]  # -1 only where no row that is kept holds the term
         for j in range(indptr[t], indptr[t + 1]):
             row = to_row[rows[j]]
             if row >= 0:
@@ -219,7 +226,7 @@ def copy_postings(term_map, to_row, indptr, rows, tfs, head, out_rows, out_tfs):
                 head[to] += 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def copy_forward(term_map, to_row, row_ptr, terms, n, out_ptr, out_terms):
     """The same for the forward index, from position n on; returns the next free position."""
     for row in range(len(to_row)):
@@ -231,23 +238,12 @@ def copy_forward(term_map, to_row, row_ptr, terms, n, out_ptr, out_terms):
     return n
 
 
-@njit(cache=True, nogil=True)
-def fill_impacts(wanted, done, indptr, rows, tfs, lengths, average, form, k1, b, delta, out):
-    """Compute the tf part of every posting of the wanted terms that has not been computed yet; marks them in `done`."""
-    for t in wanted:
-        if t < 0 or done[t]:
-            continue
-        for j in range(indptr[t], indptr[t + 1]):
-            out[j] = tf_part(form, float(tfs[j]), float(lengths[rows[j]]), average, k1, b, delta)
-        done[t] = True
-
-
-@njit(cache=True, nogil=True)
+@compiled
 def _worse(score_a, id_a, score_b, id_b):
     return score_a < score_b or (score_a == score_b and id_a > id_b)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _push(scores, ids, n, score, id):
     """Keep the best len(scores) of what is pushed, in a heap with the worst at 0; n is how many it holds. Returns the new n."""
     if n < len(scores):
@@ -278,31 +274,38 @@ def _push(scores, ids, n, score, id):
     return n
 
 
-@njit(cache=True, nogil=True)
-def _gather(bits, size, first, allow, row_ids, scores, ids, n):
-    """Push the touched and allowed rows of a window and leave every accumulator untouched again."""
+@compiled
+def _gather(bits, total, size, base, first, allow, row_ids, scores, ids, n):
+    """Push the touched and allowed rows of a window and leave every accumulator untouched again.
+
+    What is pushed is the accumulator + base as float32, so ties are the ties of the result. The last place of `bits` is scratch."""
+    k, scratch = len(scores), len(bits) - 1
     for at in range(0, size, BLOCK):
         best = UNTOUCHED
         for i in range(at, at + BLOCK):
             best = max(best, bits[i])
-        if best >= 0:
-            if n < len(scores) or best >= scores[0]:
-                for i in range(at, min(at + BLOCK, size)):
-                    s = bits[i]
-                    if s >= 0 and (n < len(scores) or s >= scores[0]) and allow[first + i]:
-                        n = _push(scores, ids, n, s, row_ids[first + i])
-            for i in range(at, at + BLOCK):
-                bits[i] = UNTOUCHED
+        if best < 0:
+            continue
+        bits[scratch] = best
+        if n < k or total[scratch] + base >= scores[0]:
+            for i in range(at, min(at + BLOCK, size)):
+                if bits[i] >= 0 and allow[first + i]:
+                    score = total[i] + base
+                    if n < k or score >= scores[0]:
+                        n = _push(scores, ids, n, score, row_ids[first + i])
+        for i in range(at, at + BLOCK):
+            bits[i] = UNTOUCHED
     return n
 
 
-@njit(cache=True, nogil=True)
-def search(query_ptr, terms, weights, indptr, rows, impacts, allow, row_ids, scores, ids, held):
+@compiled
+def search(query_ptr, terms, weights, base, indptr, rows, impacts, allow, row_ids, scores, ids, held):
     """Exact top k of each query over one segment, term at a time within windows of rows.
 
-    Query q has terms[query_ptr[q]:query_ptr[q+1]] (numbers in this segment, -1 where it lacks them) with their weights >= 0.
-    scores int32 [Q, k] (bits of float32), ids int64 [Q, k], held int64 [Q]: heaps that carry over from segment to segment."""
-    bits = np.full(WINDOW + BLOCK, UNTOUCHED, np.int32)
+    Query q has terms[query_ptr[q]:query_ptr[q+1]] (numbers in this segment, -1 where it lacks them) with their weights >= 0 and
+    base[q] >= 0, which every hit gets. scores float32 [Q, k], ids int64 [Q, k], held int64 [Q] are heaps that carry over from
+    segment to segment. A score is summed in the order of the query's terms, whatever the segments: appending changes no digit."""
+    bits = np.full(WINDOW + BLOCK + 1, UNTOUCHED, np.int32)
     total = bits.view(np.float32)
     for q in range(len(query_ptr) - 1):
         a, m = query_ptr[q], query_ptr[q + 1] - query_ptr[q]
@@ -326,4 +329,27 @@ def search(query_ptr, terms, weights, indptr, rows, impacts, allow, row_ids, sco
                     some |= j > at[t]
                     at[t] = j
             if some:
-                held[q] = _gather(bits, last - first, first, allow, row_ids, scores[q], ids[q], held[q])
+                held[q] = _gather(bits, total, last - first, base[q], first, allow, row_ids, scores[q], ids[q], held[q])
+
+
+@compiled
+def drain(scores, ids, held):
+    """Turn each heap of `search` into its answer, in place: scores descending, ties by ascending id, then the padding."""
+    for q in range(len(held)):
+        s, i, n = scores[q], ids[q], held[q]
+        while n > 1:  # the worst goes to the end; what stood there sinks from the top
+            n -= 1
+            score, id = s[n], i[n]
+            s[n], i[n] = s[0], i[0]
+            at = 0
+            while True:
+                child = 2 * at + 1
+                if child >= n:
+                    break
+                if child + 1 < n and _worse(s[child + 1], i[child + 1], s[child], i[child]):
+                    child += 1
+                if not _worse(s[child], i[child], score, id):
+                    break
+                s[at], i[at] = s[child], i[child]
+                at = child
+            s[at], i[at] = score, id

@@ -1,0 +1,176 @@
+"""Segments of a sparse index: what one append wrote, as memory-mapped arrays that never change.
+
+    ids int64 [R]       chunk ids, ascending            lengths uint32 [R]   terms in each row
+    blob uint8, starts int64 [V+1]                      the vocabulary, sorted by bytes
+    indptr int64 [V+1], rows int32 [P], tfs [P]         postings: the rows of a term, ascending, and how often each holds it
+    row_ptr int64 [R+1], terms int32 [P]                the other way round: the distinct terms of a row
+
+tfs are uint8 where they fit, uint32 otherwise. The way round by rows is there for removals: what a dead row adds to the
+statistics can be subtracted without reading all postings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from ralm.errors import StoreError
+from ralm.index import kernels, manifest
+from ralm.index.analyse import Analyser, Settings
+
+FLUSH = 24_000_000  # postings held in memory before a segment is written: about 400 MB at the peak
+RUNS = 4_000_000  # distinct runs before a segment is written: bounds the analyser's table
+FAN = 8  # so many segments of a size class become one of the next
+LARGEST = 4_000_000  # rows; segments above it are not merged any further
+NAMES = ("ids", "lengths", "blob", "starts", "indptr", "rows", "tfs", "row_ptr", "terms")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One segment, opened. Numbers: R rows, V terms, P postings (see above)."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    blob: np.ndarray
+    starts: np.ndarray
+    indptr: np.ndarray
+    rows: np.ndarray
+    tfs: np.ndarray
+    row_ptr: np.ndarray
+    terms: np.ndarray
+
+    def df(self, alive: np.ndarray, dead: int) -> np.ndarray:
+        """int64 [V]: in how many of the alive rows (bool [R]) each term occurs."""
+        if not dead:
+            return np.diff(self.indptr)
+        return kernels.document_frequency(self.indptr, self.rows, self.row_ptr, self.terms, alive, dead)
+
+    def vocabulary(self) -> list[bytes]:
+        raw, starts = self.blob.tobytes(), self.starts.tolist()
+        return [raw[a:b] for a, b in pairwise(starts)]
+
+
+def open_segment(folder: Path, part: manifest.Part) -> Segment:
+    """Map a segment's files. Raises StoreError where a file is missing or has another size than the manifest says."""
+    manifest.sizes(folder, part)
+    arrays = {}
+    for name in NAMES:
+        file = folder / part.name / f"{name}.npy"
+        try:
+            # "c": a private mapping. The file is opened for reading only, and numba sees the same type as for arrays in memory.
+            arrays[name] = np.asarray(np.load(file, mmap_mode="c", allow_pickle=False))
+        except ValueError as e:
+            raise StoreError(f"{file} is not what was written ({e}); delete {folder} and build it again with ralm index") from e
+    return Segment(**arrays)
+
+
+class Writer:
+    """Collects analysed rows in memory and writes them as one segment."""
+
+    def __init__(self, settings: Settings, title: bool):
+        self.analyser, self.title = Analyser(settings), title
+        self._ids, self._lengths, self._sizes, self._terms, self._counts = [], [], [], [], []
+        self.postings = 0
+
+    def full(self) -> bool:
+        return self.postings >= FLUSH or self.analyser.runs >= RUNS
+
+    def add(self, ids: np.ndarray, titles: Sequence[str], texts: Sequence[str]) -> None:
+        whole = [f"{a}\n{b}" if a else b for a, b in zip(titles, texts)] if self.title else texts
+        terms, ptr = self.analyser(whole)
+        row_ptr, terms, counts = kernels.count_terms(terms, ptr, len(self.analyser.terms))
+        self._ids.append(np.asarray(ids, np.int64))
+        self._lengths.append(np.diff(ptr).astype(np.uint32))
+        self._sizes.append(np.diff(row_ptr))
+        self._terms.append(terms.astype(np.int32))
+        self._counts.append(_small(counts))
+        self.postings += len(terms)
+
+    def write(self, folder: Path, first: int) -> manifest.Part:
+        """Write and seal the segment that covers chunk ids from `first` to the last one added."""
+        words = [t.encode() for t in self.analyser.terms]
+        by_name = sorted(range(len(words)), key=words.__getitem__)
+        order = np.empty(len(words), np.int32)
+        order[by_name] = np.arange(len(words), dtype=np.int32)
+        ids, sizes = np.concatenate(self._ids), np.concatenate(self._sizes)
+        row_ptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+        terms, counts = _join(self._terms), _join(self._counts)
+        indptr, rows, tfs = np.zeros(len(words) + 1, np.int64), np.empty(len(terms), np.int32), np.empty(len(terms), counts.dtype)
+        kernels.invert(row_ptr, terms, counts, order, indptr, rows, tfs)
+        del counts
+        blob, starts = _blob([words[t] for t in by_name])
+        return _write(folder, first, int(ids[-1]) + 1, Segment(
+            ids, np.concatenate(self._lengths), blob, starts, indptr, rows, tfs, row_ptr, terms))
+
+
+def merge(folder: Path, segments: Sequence[Segment], keep: Sequence[np.ndarray], first: int, stop: int) -> manifest.Part:
+    """One segment out of several with ascending ids: the rows that `keep` (bool [R] each) names, the terms that they hold."""
+    df = [s.df(k, int(len(k) - k.sum())) for s, k in zip(segments, keep)]
+    words = [s.vocabulary() for s in segments]
+    union = sorted({w for ws, d in zip(words, df) for w, n in zip(ws, d.tolist()) if n})
+    number = {w: i for i, w in enumerate(union)}
+    maps = [np.array([number.get(w, -1) for w in ws], np.int32) for ws in words]
+    sizes = np.zeros(len(union) + 1, np.int64)
+    for m, d in zip(maps, df):
+        np.add.at(sizes, m[m >= 0] + 1, d[m >= 0])
+    indptr = np.cumsum(sizes)
+    rows_kept = sum(int(k.sum()) for k in keep)
+    kind = max((s.tfs.dtype for s in segments), key=lambda t: t.itemsize)
+    rows, tfs, terms = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], kind), np.empty(indptr[-1], np.int32)
+    row_ptr, head, row, n = np.zeros(rows_kept + 1, np.int64), indptr[:-1].copy(), 0, 0
+    for s, k, m in zip(segments, keep, maps):
+        to_row = np.where(k, np.cumsum(k) - 1 + row, -1).astype(np.int32)
+        kernels.copy_postings(m, to_row, s.indptr, s.rows, s.tfs.astype(kind, copy=False), head, rows, tfs)
+        n = kernels.copy_forward(m, to_row, s.row_ptr, s.terms, n, row_ptr, terms)
+        row += int(k.sum())
+    blob, starts = _blob(union)
+    return _write(folder, first, stop, Segment(
+        np.concatenate([s.ids[k] for s, k in zip(segments, keep)]), np.concatenate([s.lengths[k] for s, k in zip(segments, keep)]),
+        blob, starts, indptr, rows, tfs, row_ptr, terms))
+
+
+def crowded(parts: Sequence[manifest.Part]) -> int:
+    """How many of the last parts should become one now: FAN or more that are not of a greater size class than the last one."""
+    def tier(part):
+        return 0 if part.rows < FAN else int(np.log(part.rows) / np.log(FAN) + 1e-9)
+
+    n = 0
+    while n < len(parts) and tier(parts[-1 - n]) <= tier(parts[-1]) and parts[-1 - n].rows < LARGEST:
+        n += 1
+    return n if n >= FAN else 0
+
+
+def nothing(first: int, stop: int) -> manifest.Part:
+    """A part that says: the chunk ids [first, stop) are covered, and none of them is stored any more."""
+    return manifest.Part(f"none-{first}-{stop}", first, stop, 0, {})
+
+
+def _write(folder: Path, first: int, stop: int, segment: Segment) -> manifest.Part:
+    path = manifest.new_part(folder)
+    for name in NAMES:
+        np.save(path / f"{name}.npy", getattr(segment, name), allow_pickle=False)
+    return manifest.seal(path, first, stop, len(segment.ids))
+
+
+def _blob(words: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    starts = np.zeros(len(words) + 1, np.int64)
+    starts[1:] = np.cumsum([len(w) for w in words])
+    return np.frombuffer(bytearray(b"".join(words)), np.uint8), starts
+
+
+def _small(counts: np.ndarray) -> np.ndarray:
+    return counts.astype(np.uint8) if not len(counts) or counts.max() < 256 else counts
+
+
+def _join(parts: list[np.ndarray]) -> np.ndarray:
+    """The concatenation; empties the list on the way, so that the parts are not held twice for long."""
+    kind = max((p.dtype for p in parts), key=lambda t: t.itemsize)
+    out, n = np.empty(sum(map(len, parts)), kind), 0
+    for i, p in enumerate(parts):
+        out[n:n + len(p)] = p
+        n += len(p)
+        parts[i] = None
+    return out

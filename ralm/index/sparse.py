@@ -1,0 +1,239 @@
+"""TF-IDF and BM25 over a datastore: one exact index for every form. `BM25(store).search(["who wrote faust"], k=10)`
+
+Index folder: index/bm25, whatever the form; form, k1, b and delta are chosen when searching. A query is cut by the analyser that is
+stored with the index, always. Repeated words of a query count repeatedly.
+
+Statistics (N, df, avgdl) are those of the chunks alive in the opened version, exactly: a store that had documents removed scores
+like one that never held them. A `where` filter restricts the hits and leaves the statistics alone. Only chunks that share a term
+with the query are hits (under BM25L and BM25+ every other chunk would score the same constant); a shared term may be worth 0."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ralm.errors import FingerprintError, UsageError, unknown
+from ralm.index import grow, kernels, manifest
+from ralm.index.analyse import Analyser, Settings
+from ralm.index.bm25 import FORMS, TF_IDF, Form, fill_impacts
+from ralm.types import Hits
+
+AS_STORED = grow.AS_STORED
+MEMORY = 1 << 20  # distinct query terms remembered
+
+
+class Sparse:
+    """A retriever of one form. Use BM25 or TFIDF."""
+
+    def __init__(self, store, form: Form, k1: float, b: float, delta: float, wish: grow.Wish, threads: int = 1):
+        if not (k1 >= 0 and 0 <= b <= 1 and delta >= 0 and np.isfinite([k1, delta]).all()):
+            raise UsageError(f"k1 = {k1}, b = {b}, delta = {delta} do not go together: k1 and delta from 0 on, b from 0 to 1")
+        if threads < 1:
+            raise UsageError(f"threads = {threads}: at least 1")
+        self.store, self.form, self.k1, self.b, self.delta, self.threads = store, form, float(k1), float(b), float(delta), threads
+        self._wish, self._guard, self._view = wish, threading.Lock(), None
+        self._opened()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.form.name}, k1={self.k1}, b={self.b}, delta={self.delta})"
+
+    @property
+    def settings(self) -> Settings:
+        """How the index cuts text."""
+        return self._opened().analyser.settings
+
+    def search(self, queries: Sequence[str], k: int = 10, where: str | None = None, exclude: Sequence[str] = ()) -> Hits:
+        """The k best chunks of each query among those that match `where` and are not of the documents `exclude`. Exact.
+
+        Returns Hits [Q, k]: ties by ascending id, padded with (-1, -inf). Raises UsageError for one string instead of several
+        and for a negative k."""
+        if isinstance(queries, str):
+            raise UsageError("search takes a list of queries, this is one text: search([text])")
+        if k < 0:
+            raise UsageError(f"k = {k}: at least 0")
+        view, hits = self._opened(), Hits.empty(len(queries), k)
+        masks = view.masks(self.store.allow(where=where, exclude=exclude)) if where or len(exclude) else view.alive
+        width = min(k, sum(map(len, masks)))
+        if not len(queries) or not width:
+            return hits
+        with self._guard:
+            jobs = view.plan(queries, self)
+        scores, ids = np.full((len(queries), width), -np.inf, np.float32), np.full((len(queries), width), -1, np.int64)
+        held = np.zeros(len(queries), np.int64)
+
+        def run(piece: slice) -> None:
+            ptr = jobs.ptr[piece.start:piece.stop + 1]
+            for segment, rows, mask, impacts, numbers in zip(view.segments, view.ids, masks, view.impacts, jobs.numbers):
+                kernels.search(ptr, numbers, jobs.weights, jobs.base[piece], segment.indptr, segment.rows, impacts, mask, rows,
+                               scores[piece], ids[piece], held[piece])
+            kernels.drain(scores[piece], ids[piece], held[piece])
+
+        if self.threads == 1:
+            run(slice(0, len(queries)))
+        else:
+            step = max(1, len(queries) // (4 * self.threads))
+            with ThreadPoolExecutor(self.threads) as pool:
+                list(pool.map(run, [slice(i, min(i + step, len(queries))) for i in range(0, len(queries), step)]))
+        hits.ids[:, :width], hits.scores[:, :width] = ids, scores
+        return hits
+
+    def _opened(self) -> View:
+        """The view of the version the store is at; another one after the store has changed."""
+        key = tuple((s.id, s.version) for s, _ in leaves(self.store))
+        with self._guard:
+            if self._view is None or self._view.key != key:
+                self._view = None  # unmaps the old one first
+                self._view = View(self.store, key, self._wish)
+            return self._view
+
+
+class BM25(Sparse):
+    """BM25 in the form robertson, lucene, atire, bm25l or bm25+ (Kamphuis and others, ECIR 2020), over title and text as one field.
+
+    k1, b and delta (None: the form's own) apply to this searcher. stemmer (none or a Snowball language), stop (none, english, or a
+    list) and title belong to the index: the first to build it decides, later ones may leave them out. Building takes the store's
+    write lock; an index that is complete is opened without. Raises FingerprintError where the index was made otherwise."""
+
+    def __init__(self, store, form: str = "lucene", k1: float = 1.5, b: float = 0.75, delta: float | None = None,
+                 stemmer: str | None = AS_STORED, stop: str | Sequence[str] | None = AS_STORED, title: bool | str = AS_STORED,
+                 threads: int = 1):
+        if form not in FORMS:
+            raise unknown("form of BM25", str(form), FORMS)
+        super().__init__(store, FORMS[form], k1, b, FORMS[form].delta if delta is None else delta,
+                         grow.Wish(stemmer, stop, title), threads)
+
+
+class TFIDF(Sparse):
+    """TF-IDF as tf / |d| * ln(N / df), over the same index as BM25 (and with the same stemmer, stop and title)."""
+
+    def __init__(self, store, stemmer: str | None = AS_STORED, stop: str | Sequence[str] | None = AS_STORED,
+                 title: bool | str = AS_STORED, threads: int = 1):
+        super().__init__(store, TF_IDF, 0.0, 0.0, 0.0, grow.Wish(stemmer, stop, title), threads)
+
+
+class Jobs:
+    """Queries ready for the kernel: for each segment the numbers of the terms, the weights, where queries begin, what hits get."""
+
+    def __init__(self, ptr: np.ndarray, numbers: list[np.ndarray], weights: np.ndarray, base: np.ndarray):
+        self.ptr, self.numbers, self.weights, self.base = ptr, numbers, weights, base
+
+
+class View:
+    """The index of one version of a store, or of several as one: statistics, and what has been worked out for the terms asked for.
+
+    `n` alive chunks, `average` their mean length; per segment: ids (of the union), alive (bool), impacts (float32, by posting)."""
+
+    def __init__(self, store, key: tuple, wish: grow.Wish):
+        self.key, self.segments, self.ids, self._places = key, [], [], []
+        found = {}
+        for part, offset in leaves(store):
+            found[part.path], segments = grow.opened(part, _like(store, part, wish))
+            for _, segment in segments:
+                self.segments.append(segment)
+                self.ids.append(np.asarray(segment.ids) + offset)
+                self._places.append((offset, part.chunk_rows))
+        self._settings = _common({path: m.settings for path, m in found.items()})
+        self.alive = self.masks(store.allow())
+        self._dead = [len(a) - int(a.sum()) for a in self.alive]
+        self.n = sum(map(len, self.alive)) - sum(self._dead)
+        total = sum(int(s.lengths[a].sum(dtype=np.int64)) for s, a in zip(self.segments, self.alive))
+        self.average = total / self.n if total else 1.0  # without alive terms nothing can be found, whatever it is
+        self._counts: dict[int, np.ndarray] = {}  # df of a segment with dead rows
+        self.impacts = [np.empty(len(s.rows), np.float32) for s in self.segments]  # pages come into being when written
+        self._forget()
+
+    def _forget(self) -> None:
+        self.analyser = Analyser(self._settings)
+        self._numbers = [np.empty(0, np.int32) for _ in self.segments]
+        self._df = np.empty(0, np.int64)
+
+    def masks(self, allow: np.ndarray) -> list[np.ndarray]:
+        """The bitmap over chunk ids as one bitmap over rows for each segment; rows younger than the opened version are out."""
+        out = []
+        for ids, (offset, rows) in zip(self.ids, self._places):
+            mask = np.zeros(len(ids), bool)
+            n = int(np.searchsorted(ids, offset + rows))
+            if n and ids[n - 1] - ids[0] == n - 1:
+                mask[:n] = allow[ids[0]:ids[0] + n]
+            else:
+                mask[:n] = allow[ids[:n]]
+            out.append(mask)
+        return out
+
+    def df(self, segment: int, numbers: np.ndarray) -> np.ndarray:
+        """int64: in how many alive rows of a segment the terms with these numbers occur (0 for number -1)."""
+        if self._dead[segment] and segment not in self._counts:
+            self._counts[segment] = self.segments[segment].df(self.alive[segment], self._dead[segment])
+        if segment in self._counts:
+            df = self._counts[segment][numbers]
+        else:
+            indptr = self.segments[segment].indptr
+            df = indptr[numbers + 1] - indptr[numbers]
+        return np.where(numbers >= 0, df, 0)
+
+    def plan(self, queries: Sequence[str], how: Sparse) -> Jobs:
+        """Cut the queries, look up and work out what no query has asked for before. One thread at a time."""
+        if len(self.analyser.terms) > MEMORY:
+            self._forget()
+        terms, ptr = self.analyser(queries)
+        self._learn(len(self._df), how)
+        ptr, terms, counts = kernels.count_terms(terms, ptr, len(self._df))
+        df = self._df[terms]
+        weights = np.zeros(len(terms))
+        weights[df > 0] = how.form.idf(df[df > 0].astype(np.float64), self.n) * counts[df > 0]
+        sums = np.concatenate([np.zeros(1), np.cumsum(weights)])
+        base = (sums[ptr[1:]] - sums[ptr[:-1]]) * how.form.absent(how.k1, how.delta)
+        return Jobs(ptr, [numbers[terms] for numbers in self._numbers], weights.astype(np.float32), base.astype(np.float32))
+
+    def _learn(self, first: int, how: Sparse) -> None:
+        """Numbers, df and impacts of the query terms from `first` on."""
+        new = [t.encode() for t in self.analyser.terms[first:]]
+        if not new:
+            return
+        blob, starts = np.frombuffer(bytearray(b"".join(new)), np.uint8), np.zeros(len(new) + 1, np.int64)
+        starts[1:] = np.cumsum([len(w) for w in new])
+        df, absent = np.zeros(len(new), np.int64), how.form.absent(how.k1, how.delta)
+        for i, s in enumerate(self.segments):
+            numbers = kernels.find(s.blob, s.starts, blob, starts)
+            fill_impacts(numbers, s.indptr, s.rows, s.tfs, s.lengths, self.average, how.form.tf, how.k1, how.b, how.delta, absent,
+                         self.impacts[i])
+            self._numbers[i] = np.concatenate([self._numbers[i], numbers])
+            df += self.df(i, numbers)
+        self._df = np.concatenate([self._df, df])
+
+
+def leaves(store, offset: int = 0) -> Iterator[tuple]:
+    """(datastore, offset of its chunk ids) for every store that a union is made of, or for the store itself."""
+    for part, more in store.parts:
+        if part is store:
+            yield part, offset + more
+        else:
+            yield from leaves(part, offset + more)
+
+
+def _like(store, part, wish: grow.Wish) -> grow.Wish:
+    """A part of a union that has no index yet gets one like those of the other parts."""
+    stored = [manifest.load(grow.folder_of(s)) for s, _ in [(part, 0), *leaves(store)]]
+    there = next((m for m in stored if m is not None), None)
+    return wish if stored[0] is not None or there is None else grow.Wish(*_shown(wish.settle(there)))
+
+
+def _shown(settled: tuple[Settings, bool]) -> tuple:
+    return settled[0].stemmer, list(settled[0].stop), settled[1]
+
+
+def _common(settings: dict[Path, Mapping[str, Any]]) -> Settings:
+    """The analyser of all parts. Raises FingerprintError where they are not the same: the terms would not be."""
+    (path, ours), *others = settings.items()
+    for other, theirs in others:
+        for key in ("stemmer", "stop", "title", *ours):
+            if ours[key] != theirs.get(key):
+                raise FingerprintError(
+                    f"the sparse indexes of {path} and {other} were made with {key} = {ours[key]!r} and {theirs.get(key)!r}, they "
+                    f"cannot be searched as one: rebuild one like the other (ralm index {other} --index bm25:… --rebuild)")
+    return Settings.of(ours["stemmer"], ours["stop"])
