@@ -38,45 +38,65 @@ def search(retriever: Retriever, queries: Mapping[str, str], k: int, unit: str =
         raise UsageError(f"k={k} asks for nothing; use at least 1")
     run: Run = {}
     names = list(queries)
+    labels = _Labels(retriever.store, unit)
     with progress.task("search", total=len(names), unit="queries") as advance:
         for at in range(0, len(names), BATCH):
             batch = names[at:at + BATCH]
             own = batch if ignore_identical_ids else [None] * len(batch)
-            run |= zip(batch, _ranked(retriever, [queries[name] for name in batch], own, k, unit, where))
+            run |= zip(batch, _ranked(retriever, [queries[name] for name in batch], own, k, labels, where))
             advance(len(batch))
     return run
 
 
-def _ranked(retriever: Retriever, texts: Sequence[str], drop: Sequence[str | None], k: int, unit: str,
+def _ranked(retriever: Retriever, texts: Sequence[str], drop: Sequence[str | None], k: int, labels: _Labels,
             where: str | None) -> list[list[tuple[str, float]]]:
     """k units per text, none of document drop[n]. Over-retrieved, twice as much each time, until k are there or none is left."""
     store = retriever.store
     most = max(1, store.n_chunks)
-    ask = min(most, k + 1 if unit == "chunk" or store.n_chunks == len(store) else 2 * k)
+    ask = min(most, k + 1 if labels.unit == "chunk" or store.n_chunks == len(store) else 2 * k)
     out: list[list[tuple[str, float]]] = [[]] * len(texts)
     waiting = list(range(len(texts)))
     while waiting:
         hits = retriever.search([texts[n] for n in waiting], k=ask, where=where)
+        labels.learn(hits.ids)
         short = []
         for row, n in enumerate(waiting):
             one = hits.row(row)
-            out[n] = _collapse(store, one, unit, drop[n])[:k]
+            out[n] = _collapse(one, labels, drop[n])[:k]
             if len(out[n]) < k and one.ids.shape[1] == ask < most:
                 short.append(n)
         waiting, ask = short, min(most, 2 * ask)
     return out
 
 
-def _collapse(store, hits: Hits, unit: str, drop: str | None) -> list[tuple[str, float]]:
+def _collapse(hits: Hits, labels: _Labels, drop: str | None) -> list[tuple[str, float]]:
     """Hits [1, K] as units, each at its first (best) chunk's rank and score."""
-    ids = hits.ids[0].tolist()
-    documents = store.document_ids(ids) if ids else []
-    names = documents if unit == "document" or not ids else [f"{c.document}#{c.start}-{c.end}" for c in store.chunks(ids)]
     best: dict[str, float] = {}
-    for document, name, score in zip(documents, names, hits.scores[0].tolist()):
+    for id, score in zip(hits.ids[0].tolist(), hits.scores[0].tolist()):
+        document, name = labels.of[id]
         if document != drop:
             best.setdefault(name, score)
     return list(best.items())
+
+
+class _Labels:
+    """Chunk id -> (document, name of the unit), looked up once for all hits of a batch: a look-up is a read from disk."""
+
+    MOST = 2_000_000
+
+    def __init__(self, store, unit: str):
+        self.store, self.unit, self.of = store, unit, {}
+
+    def learn(self, ids_QK: np.ndarray) -> None:
+        if len(self.of) > self.MOST:
+            self.of = {}
+        new = [i for i in np.unique(ids_QK).tolist() if i >= 0 and i not in self.of]
+        if not new:
+            return
+        if self.unit == "document":
+            self.of |= {i: (name, name) for i, name in zip(new, self.store.document_ids(new))}
+        else:
+            self.of |= {c.id: (c.document, f"{c.document}#{c.start}-{c.end}") for c in self.store.chunks(new)}
 
 
 def evaluate(retriever: Retriever, queries: Mapping[str, str], qrels: Qrels, measures: Sequence[str] = ("nDCG@10", "R@100"),

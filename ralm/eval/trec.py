@@ -128,9 +128,11 @@ def falling(row: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
 
     Evaluators sort by score and break ties by document id; a score that ties with the one before is lowered by one float32 step,
     so that they see our order and not theirs. Raises UsageError where the scores do not come best first."""
+    scores = np.array([score for _, score in row], np.float32)
+    if (np.diff(scores) < 0).all():  # the usual case
+        return [(document, score) for (document, _), score in zip(row, scores.tolist())]
     out, last = [], np.float32(np.inf)
-    for document, score in row:
-        value = np.float32(score)
+    for (document, _), value in zip(row, scores):
         if value > last and not np.isclose(value, last, rtol=1e-5, atol=1e-30):
             raise UsageError(f"scores must come best first, '{document}' has {value:g} after {last:g}")
         if value >= last:
