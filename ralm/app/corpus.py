@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,12 +30,10 @@ def topics() -> Iterator[Document]:
 
 
 def docstrings(root: Path, prefix: str = "") -> Iterator[Document]:
-    """Docstrings of the modules below `root`, in the order of their files: id and title are the dotted name."""
+    """Docstrings of the modules below `root`, in a fixed order: id and title are the dotted name."""
     seen: set[str] = set()
-    for file in sorted(root.rglob("*.py")):
+    for file in _sources(root):
         inside = file.relative_to(root).with_suffix("").parts
-        if SKIP & set(inside):
-            continue
         module = ".".join([*([prefix] if prefix else []), *(p for p in inside if p != "__init__")])
         try:
             tree = ast.parse(file.read_bytes())
@@ -44,6 +43,13 @@ def docstrings(root: Path, prefix: str = "") -> Iterator[Document]:
             if len(text.split()) >= SHORTEST and name not in seen:
                 seen.add(name)
                 yield Document(name, text, name, f"docstring of {name}", metadata={"kind": "docstring", "package": name.partition(".")[0]})
+
+
+def _sources(root: Path) -> Iterator[Path]:
+    """Python files below `root` in a fixed order; folders in SKIP are not entered (site-packages may lie inside the library)."""
+    for folder, below, names in os.walk(root):
+        below[:] = sorted(d for d in below if d not in SKIP)
+        yield from (Path(folder, n) for n in sorted(names) if n.endswith(".py"))
 
 
 def _documented(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
