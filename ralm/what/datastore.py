@@ -43,7 +43,7 @@ class Datastore:
         self._view, self._pinned = view, pinned
         self._lock = WriteLock(path / "write.lock")
 
-    # ---- making ---------------------------------------------------------------------------------------------------------
+    # ---- making ------------------------------------------------------------------------------------------------------
 
     @staticmethod
     def create(path: str | Path, split: str = "words:100") -> Datastore:
@@ -105,7 +105,7 @@ class Datastore:
     def __repr__(self) -> str:
         return f"Datastore('{self.path}', version={self.version})"
 
-    # ---- changing -------------------------------------------------------------------------------------------------------
+    # ---- changing ----------------------------------------------------------------------------------------------------
 
     def add(self, documents: Iterable[Document], batch: int = BATCH) -> Added:
         """Add documents, replacing those whose id is there with other content; one transaction per batch.
@@ -164,7 +164,7 @@ class Datastore:
                              "open it without version")
         return View(self.path, tables.load(self.path))
 
-    # ---- reading --------------------------------------------------------------------------------------------------------
+    # ---- reading -----------------------------------------------------------------------------------------------------
 
     @property
     def version(self) -> int:
@@ -235,6 +235,10 @@ class Datastore:
     def documents(self, where: str | None = None) -> Iterator[Document]:
         """The documents of this version, in the order they were added. Raises UsageError for a wrong filter."""
         return self._view.read(where)
+
+    def verify(self) -> list[str]:
+        """Read every document and compare it with the hash it was stored with: the ids of those that differ."""
+        return self._view.verify()
 
     def columns(self) -> dict[str, str]:
         """What a filter may name, and its type."""

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from ralm.errors import StoreError, UsageError, unknown
-from ralm.what.tables import DOCUMENTS, reason
+from ralm.what.tables import DOCUMENTS, guard, reason
 
 MOST = 256  # filter columns per store; further keys stay in the JSON
 HIDDEN = {"rev", "metadata", "_key", "_chunks"}
@@ -70,12 +70,8 @@ def revs(documents, where: str) -> pa.ChunkedArray:
     """The revs of the documents that match. Raises UsageError where the filter is wrong."""
     if ";" in re.sub(r"'[^']*'|\"[^\"]*\"|`[^`]*`", "", where):  # the engine would read up to it and drop the rest
         raise UsageError(f"the filter {where!r} contains ';': write one condition")
-    try:
+    with guard(lambda e: _explain(where, documents.schema, e)):
         return documents.to_table(columns=["rev"], filter=where).column("rev")
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as e:  # the engine's own panics are no Exception
-        raise _explain(where, documents.schema, e) from e
 
 
 def _explain(where: str, schema: pa.Schema, error: BaseException) -> Exception:

@@ -48,6 +48,8 @@ def key_of(id: str) -> int:
 
 def row(document: Document) -> Row:
     """Check and normalise one document. Raises UsageError naming the document and the field that is wrong."""
+    if not isinstance(document, Document):
+        raise UsageError(f"{str(document)[:60]!r} ({type(document).__name__}) is no Document; give Document(id, text, ...)")
     for name in ("id", "text", *FIELDS):
         value = getattr(document, name)
         if not isinstance(value, str):

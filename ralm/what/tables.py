@@ -16,18 +16,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from ralm.errors import StoreError
+from ralm.errors import RalmError, StoreError
 
 FORMAT = 1
 NOTE = "ralm"  # the transaction property that says what a commit did
-FRAGMENTS = 64  # more small files than this are merged at the end of an add
+FRAGMENTS = 64  # more files than this in a table are merged at the end of an add,
+MANY = 256  # more than this already during it
 
 DOCUMENTS = pa.schema([("id", pa.string()), ("rev", pa.uint64()), ("title", pa.string()), ("source", pa.string()),
                        ("licence", pa.string()), ("date", pa.string()), ("sha256", pa.string()), ("metadata", pa.large_string()),
@@ -35,6 +37,7 @@ DOCUMENTS = pa.schema([("id", pa.string()), ("rev", pa.uint64()), ("title", pa.s
 TEXTS = pa.schema([("rev", pa.uint64()), ("id", pa.string()), ("title", pa.string()), ("source", pa.string()),
                    ("text", pa.large_string())])
 CHUNKS = pa.schema([("id", pa.uint64()), ("rev", pa.uint64()), ("start", pa.uint32()), ("end", pa.uint32())])
+BOUNDS = ("next_rev", "next_chunk", "floor")  # smallest number not used yet (at least), oldest version that can be opened
 SCHEMAS = {"documents": DOCUMENTS, "texts": TEXTS, "chunks": CHUNKS}
 
 
@@ -45,10 +48,25 @@ def table(path: Path, name: str, version: int | None = None):
     folder = path / f"{name}.lance"
     if not folder.is_dir():
         raise StoreError(f"{folder} is missing: {path} is damaged; restore that folder from a copy, or build the datastore again")
-    try:
+    with guard(lambda e: damaged(folder, e)):
         return lance.dataset(str(folder), version=version)
-    except Exception as e:
-        raise damaged(folder, e) from e
+
+
+@contextmanager
+def guard(error: Callable[[BaseException], Exception]) -> Iterator[None]:
+    """What Lance raises as an error of ours. Its panics are no Exception, and its panic messages are not for users."""
+    try:
+        yield
+    except (RalmError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as e:
+        raise error(e) from e
+
+
+def writing(dataset) -> AbstractContextManager[None]:
+    """A failed write is one line: a full disk, a folder without permission."""
+    return guard(lambda e: StoreError(f"writing to {dataset.uri} failed ({reason(e)}); what was committed before stays: see to the "
+                                      "cause (space, permissions) and run it again"))
 
 
 def damaged(folder: Path, error: BaseException) -> StoreError:
@@ -74,23 +92,32 @@ def properties(note: Mapping[str, Any]) -> dict[str, str]:
     return {NOTE: json.dumps(note)}
 
 
+def widen(dataset, fields: list[pa.Field]) -> None:
+    """A version with these columns more, null everywhere."""
+    with writing(dataset):
+        dataset.add_columns(pa.schema(fields))
+
+
 def append(dataset, rows: pa.Table, note: Mapping[str, Any] | None = None):
     """One transaction that adds rows; the dataset at its new version."""
     import lance
 
-    return lance.write_dataset(rows, dataset, mode="append", transaction_properties=properties(note) if note else None)
+    with writing(dataset):
+        return lance.write_dataset(rows, dataset, mode="append", transaction_properties=properties(note) if note else None)
 
 
 def upsert(dataset, rows: pa.Table, note: Mapping[str, Any]):
     """One transaction that replaces the rows whose id is there and adds the others."""
     builder = dataset.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
-    return _commit(dataset, builder.execute_uncommitted(rows)[0], note)
+    with writing(dataset):
+        return _commit(dataset, builder.execute_uncommitted(rows)[0], note)
 
 
 def delete(dataset, revs, note: Mapping[str, Any] | None = None):
     """One transaction without the rows of these revs. By join, not by predicate: a long IN list is slow, and is kept in the log."""
     rows = pa.table({"rev": pa.array(revs, pa.uint64())})
-    return _commit(dataset, dataset.merge_insert("rev").when_matched_delete().execute_uncommitted(rows)[0], note)
+    with writing(dataset):
+        return _commit(dataset, dataset.merge_insert("rev").when_matched_delete().execute_uncommitted(rows)[0], note)
 
 
 def mark(dataset, note: Mapping[str, Any]):
@@ -98,7 +125,8 @@ def mark(dataset, note: Mapping[str, Any]):
     import lance
 
     operation = lance.LanceOperation.Append([])
-    return _commit(dataset, lance.Transaction(dataset.version, operation), note)
+    with writing(dataset):
+        return _commit(dataset, lance.Transaction(dataset.version, operation), note)
 
 
 def _commit(dataset, transaction, note: Mapping[str, Any] | None):
@@ -111,16 +139,18 @@ def _commit(dataset, transaction, note: Mapping[str, Any] | None):
 
 def merge_files(dataset) -> bool:
     """Rewrite small files and files with deleted rows into few; row order stays. Whether there was anything to do."""
-    done = dataset.optimize.compact_files(materialize_deletions=True, materialize_deletions_threshold=0.0)
+    with writing(dataset):
+        done = dataset.optimize.compact_files(materialize_deletions=True, materialize_deletions_threshold=0.0)
     return done.fragments_removed > 0
 
 
 def forget(dataset, everything: bool) -> None:
     """Delete files that only earlier versions need: all of them, or those more than an hour old (a reader may be at them)."""
-    dataset.cleanup_old_versions(older_than=timedelta(0) if everything else timedelta(hours=1), delete_unverified=everything)
+    with writing(dataset):
+        dataset.cleanup_old_versions(older_than=timedelta(0) if everything else timedelta(hours=1), delete_unverified=everything)
 
 
-# ---- store.json -------------------------------------------------------------------------------------------------------
+# ---- store.json ------------------------------------------------------------------------------------------------------
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -139,9 +169,6 @@ def load(path: Path) -> dict[str, Any]:
     if number > FORMAT:
         raise StoreError(f"{path} has format {number}, this ralm reads up to {FORMAT}; install a newer ralm")
     return facts
-
-
-BOUNDS = ("next_rev", "next_chunk", "floor")  # smallest number not used yet (at least), oldest version that can be opened
 
 
 def save(path: Path, facts: Mapping[str, Any]) -> None:

@@ -36,7 +36,7 @@ class Union:
         self._sizes = [s.chunk_rows for s in flat]
         self._cache: OrderedDict[tuple, np.ndarray] = OrderedDict()
 
-    # ---- what it is -------------------------------------------------------------------------------------------------------
+    # ---- what it is --------------------------------------------------------------------------------------------------
 
     @property
     def parts(self) -> list[tuple[Datastore, int]]:
@@ -89,7 +89,7 @@ class Union:
     def chunk_rows(self) -> int:
         return sum(self._sizes)
 
-    # ---- sets of chunks -----------------------------------------------------------------------------------------------------
+    # ---- sets of chunks ----------------------------------------------------------------------------------------------
 
     @property
     def alive(self) -> np.ndarray:
@@ -122,7 +122,7 @@ class Union:
     def chunk_ids(self) -> np.ndarray:
         return np.flatnonzero(self.alive)
 
-    # ---- reading --------------------------------------------------------------------------------------------------------------
+    # ---- reading -----------------------------------------------------------------------------------------------------
 
     def _split(self, ids: Sequence[int]) -> Iterator[tuple[Datastore, int, np.ndarray]]:
         """(part, its offset, positions in `ids` that belong to it)."""
@@ -194,7 +194,7 @@ class Union:
         self._sizes = [s.chunk_rows for s in self._stores]
         return self
 
-    # ---- what it refuses --------------------------------------------------------------------------------------------------------
+    # ---- what it refuses ---------------------------------------------------------------------------------------------
 
     def _refuse(self, what: str):
         raise UsageError(f"a union of {len(self._stores)} datastores {what}: {', '.join(str(s.path) for s in self._stores)}")

@@ -18,7 +18,7 @@ import numpy as np
 from ralm.errors import StoreError
 from ralm.types import Chunk, Document
 from ralm.what import filters, tables
-from ralm.what.rows import id_of, key_of
+from ralm.what.rows import id_of, key_of, row
 
 REMEMBER = 64_000_000  # characters of document text kept for the next read
 FILTERS = 16  # filters kept as bitmaps
@@ -48,20 +48,18 @@ class View:
         self._guard = threading.Lock()
 
     def _column(self, dataset, *names: str) -> list[np.ndarray]:
-        try:
+        with tables.guard(lambda e: self._lost(dataset, e)):
             table = dataset.to_table(columns=list(names))
-        except Exception as e:
-            raise self._lost(dataset, e) from e
         return [table.column(n).to_numpy().astype(np.int64 if n != "_key" else np.uint64, copy=False) for n in names]
 
-    def _lost(self, dataset, error: Exception) -> StoreError:
-        latest = tables.load(self.path)["floor"]
-        if self.version < latest:
-            return StoreError(f"{self.path} was purged (versions below {latest} are gone) since version {self.version} of it was "
+    def _lost(self, dataset, error: BaseException) -> StoreError:
+        floor = tables.load(self.path)["floor"]
+        if self.version < floor:
+            return StoreError(f"{self.path} was purged (versions below {floor} are gone) since version {self.version} of it was "
                               "opened; open it again")
         return tables.damaged(Path(dataset.uri), error)
 
-    # ---- arrays, loaded once --------------------------------------------------------------------------------------------
+    # ---- arrays, loaded once -----------------------------------------------------------------------------------------
 
     @cached_property
     def _rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -99,7 +97,7 @@ class View:
             raise tables.damaged(Path(dataset.uri), ValueError("its row numbers are not ascending"))
         return ids
 
-    # ---- sets of chunks ---------------------------------------------------------------------------------------------------
+    # ---- sets of chunks ----------------------------------------------------------------------------------------------
 
     @cached_property
     def n_documents(self) -> int:
@@ -156,7 +154,7 @@ class View:
             raise self._lost(self.chunks_table, ValueError(f"{int(alive.sum())} chunks stored, {self.n_chunks} expected"))
         return alive
 
-    # ---- documents ----------------------------------------------------------------------------------------------------------
+    # ---- documents ---------------------------------------------------------------------------------------------------
 
     def positions(self, ids: Sequence[str]) -> dict[str, int]:
         """Row positions in the documents table, for those of the ids that are there."""
@@ -198,16 +196,23 @@ class View:
             at = order[i:i + batch]
             rows = self._take(self.documents, at.tolist(), ["id", "title", "source", "licence", "date", "metadata"]).to_pylist()
             sources = self.sources(self._rows[0][at], keep=False)
-            for row, rev in zip(rows, self._rows[0][at].tolist()):
-                yield Document(text=sources[rev].text, **row | {"metadata": json.loads(row["metadata"])})
+            for fields, rev in zip(rows, self._rows[0][at].tolist()):
+                yield Document(text=sources[rev].text, **fields | {"metadata": json.loads(fields["metadata"])})
 
-    # ---- texts ----------------------------------------------------------------------------------------------------------------
+    def verify(self, batch: int = 512) -> list[str]:
+        """See Datastore.verify."""
+        wrong, order = [], self._by_rev[1]
+        for i in range(0, len(order), batch):
+            at = order[i:i + batch]
+            stored = self._take(self.documents, at.tolist(), ["sha256"]).column(0).to_pylist()
+            wrong += [d.id for d, sha in zip(self.read(positions=at), stored) if row(d).sha256 != sha]
+        return wrong
+
+    # ---- texts -------------------------------------------------------------------------------------------------------
 
     def _take(self, dataset, positions: Sequence[int], columns: list[str]):
-        try:
+        with tables.guard(lambda e: self._lost(dataset, e)):
             return dataset.take(list(positions), columns=columns)
-        except Exception as e:
-            raise self._lost(dataset, e) from e
 
     def sources(self, revs: np.ndarray, keep: bool = True) -> dict[int, Source]:
         """The revisions asked for, {rev: Source}; one read for all that are not remembered."""

@@ -59,7 +59,7 @@ class Writer:
         self.splitter = split(view.facts["split"])
         self.noted: set[str] = set()
 
-    # ---- add ------------------------------------------------------------------------------------------------------------
+    # ---- add ---------------------------------------------------------------------------------------------------------
 
     def add(self, documents: Iterable[Document], count: int, characters: int) -> Added:
         rev = self.view._text_rev
@@ -73,8 +73,8 @@ class Writer:
                 advance(len(group))
                 if len(self.written) > FRESH:
                     self.view, self.written = View(self.path, self.view.facts), {}
-        if max(len(d.get_fragments()) for d in (self.documents, self.texts, self.chunks)) > tables.FRAGMENTS:
-            self._tidy()
+                self._tidy(tables.MANY)
+        self._tidy(tables.FRAGMENTS)
         return total
 
     def _batch(self, group: list[Row]) -> Added:
@@ -105,7 +105,7 @@ class Writer:
         metadata = [r.metadata for r in rows]
         fields, refused = filters.new_columns(self.documents.schema, metadata)
         if fields:
-            self.documents.add_columns(pa.schema(fields))
+            tables.widen(self.documents, fields)
         for key in sorted(refused):
             self._note(key, f"metadata key '{key}' cannot be used in filters (its name, its type, or too many of them); it is kept")
         columns = {"id": [r.id for r in rows], "rev": revs, "sha256": [r.sha256 for r in rows],
@@ -129,7 +129,7 @@ class Writer:
             self.noted.add(key)
             progress.note(text)
 
-    # ---- remove -----------------------------------------------------------------------------------------------------------
+    # ---- remove ------------------------------------------------------------------------------------------------------
 
     def remove(self, ids: list[str], where: str | None) -> Removed:
         if not ids and where is None:
@@ -149,7 +149,7 @@ class Writer:
         tables.delete(self.documents, gone, {"action": "remove", "documents": removed.documents, "chunks": removed.chunks})
         return removed
 
-    # ---- compact ----------------------------------------------------------------------------------------------------------
+    # ---- compact -----------------------------------------------------------------------------------------------------
 
     def compact(self, purge: bool) -> Compacted:
         before = self._bytes()
@@ -195,12 +195,13 @@ class Writer:
             named, unseen = np.union1d(named, old), np.setdiff1d(unseen, old)
         return named
 
-    def _tidy(self) -> None:
-        """Few files after many batches, so that opening stays fast."""
+    def _tidy(self, most: int) -> None:
+        """Few files after many batches, so that opening stays fast and commits stay small."""
         for dataset in (self.documents, self.texts, self.chunks):
-            tables.merge_files(dataset)
-        for dataset in (self.texts, self.chunks):
-            tables.forget(dataset, everything=False)
+            if len(dataset.get_fragments()) > most:
+                tables.merge_files(dataset)
+                if dataset is not self.documents:
+                    tables.forget(dataset, everything=False)
 
     def _bytes(self) -> int:
         return sum(f.stat().st_size for name in tables.SCHEMAS for f in (self.path / f"{name}.lance").rglob("*") if f.is_file())
