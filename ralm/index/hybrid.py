@@ -7,8 +7,8 @@
     hybrid:parts=bm25,rerank=cross:NAME       one retriever, re-ranked by a cross-encoder
 
 Reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009): a chunk's score is the sum over the parts that found it among
-their `depth` best of weight / (k0 + rank), ranks from 1, k0 = 60. Score fusion (Fox and Shaw's CombSUM, 1994, on normalised scores):
-the sum of weight * (score - least) / (best - least) over the same lists; where all scores of a list are equal they count 1."""
+their `depth` best of weight / (k0 + rank), ranks from 1, k0 = 60. Score fusion (Fox and Shaw's CombSUM, 1994, normalised): the
+sum of weight * (score - least) / (best - least) over the same lists; where all scores of a list are equal they count 1."""
 
 from __future__ import annotations
 
