@@ -15,7 +15,8 @@ from pathlib import Path
 from ralm import progress
 from ralm.types import Document
 
-SKIP = frozenset({"test", "tests", "testing", "_tests", "idlelib", "lib2to3", "site-packages", "_vendor", "turtledemo", "__pycache__"})
+SKIP = frozenset({"test", "tests", "testing", "_tests", "idlelib", "lib2to3", "site-packages", "_vendor", "turtledemo",
+                  "__pycache__"})
 PACKAGES = ("numpy", "pyarrow", "hypothesis", "rich", "torch", "transformers")  # in this order, as far as they are needed
 SHORTEST = 20  # words; a shorter docstring says little more than the name
 
@@ -26,7 +27,8 @@ def topics() -> Iterator[Document]:
 
     for name, text in sorted(texts.items()):
         title = text.strip().partition("\n")[0].strip()
-        yield Document(f"python/{name}", text.strip(), title, f"pydoc_data.topics['{name}']", "PSF-2.0", metadata={"kind": "reference"})
+        yield Document(f"python/{name}", text.strip(), title, f"pydoc_data.topics['{name}']", "PSF-2.0",
+                       metadata={"kind": "reference"})
 
 
 def docstrings(root: Path, prefix: str = "") -> Iterator[Document]:
@@ -42,7 +44,8 @@ def docstrings(root: Path, prefix: str = "") -> Iterator[Document]:
         for name, text in _documented(tree, module):
             if len(text.split()) >= SHORTEST and name not in seen:
                 seen.add(name)
-                yield Document(name, text, name, f"docstring of {name}", metadata={"kind": "docstring", "package": name.partition(".")[0]})
+                yield Document(name, text, name, f"docstring of {name}",
+                               metadata={"kind": "docstring", "package": name.partition(".")[0]})
 
 
 def _sources(root: Path) -> Iterator[Path]:

@@ -20,7 +20,7 @@ from ralm.types import Document
 
 if TYPE_CHECKING:
     from ralm.model import RALM
-    from ralm.types import Answer, Scored
+    from ralm.types import Answer
     from ralm.what.datastore import Datastore
 
 HELD_OUT = 40  # every 40th document is kept out of the datastore, for perplexity
@@ -42,8 +42,9 @@ QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Which model of error handling does Python use?", ("termination", "termination model")),
 )
 UNANSWERABLE = "How many moons does the planet Jupiter have?"
-NEWS = Document("demo/lighthouse", "The Brennick lighthouse stands on a reef of granite. It was built in October 1873 by the engineer "
-                "Maria Holt, and its lamp burned nearly 12 litres of oil a night.", "Brennick lighthouse", "added by ralm demo")
+NEWS = Document("demo/lighthouse", "The Brennick lighthouse stands on a reef of granite. It was built in October 1873 by the "
+                "engineer Maria Holt, and its lamp burned nearly 12 litres of oil a night.", "Brennick lighthouse",
+                "added by ralm demo")
 NEWS_QUESTION = "Who built the Brennick lighthouse?"
 
 
@@ -163,13 +164,16 @@ def measure(script: Script, kb: Datastore, held: Sequence[Document]) -> None:
     base = RALM("bundled:base")
     few = sorted(held, key=lambda d: d.id)[:: max(1, len(held) // SCORED)][:SCORED]
     script.step(f"Perplexity of {count(len(few), 'held-out document')}, alone and with retrieval at the input")
-    systems = {"bundled:base alone": base, f"with {HOW}, {WHEN}": replace(base, retriever=retriever("bm25", kb), how=HOW, when=WHEN)}
+    helped = replace(base, retriever=retriever("bm25", kb), how=HOW, when=WHEN)
+    systems = {"bundled:base alone": base, f"with bm25, {HOW}, {WHEN}": helped}
     rows, data = [], {}
     for name, system in systems.items():
         scored = evaluate_perplexity(system, few)
         data[name] = scored
-        rows.append([name, number(scored["ppl"], 2), number(scored["bits_per_byte"], 3), f"{scored['tokens']:,}", duration(scored["seconds"])])
-    script.say(*(f"   {line}" for line in table(rows, ("", "ppl per token", "bits per byte", "tokens", "time"), right=(1, 2, 3, 4))))
+        rows.append([name, number(scored["ppl"], 2), number(scored["bits_per_byte"], 3), f"{scored['tokens']:,}",
+                     duration(scored["seconds"])])
+    head = ("", "ppl per token", "bits per byte", "tokens", "time")
+    script.say(*(f"   {line}" for line in table(rows, head, right=(1, 2, 3, 4))))
     script.data["perplexity"] = data
 
 
