@@ -19,6 +19,7 @@ from ralm.index import manifest, postings
 from ralm.index.analyse import Settings
 
 KIND, NAME = "sparse", "bm25"
+BATCH = 4096  # chunks read from the store at a time
 AS_STORED = "auto"  # a setting that is not asked for: the index's own, the default where there is none yet
 
 
@@ -83,7 +84,7 @@ def _extend(store, folder: Path, settings: Settings, title: bool, facts: dict[st
     rows = store.chunk_rows
     with progress.task(NAME, total=rows - now.stop, unit="chunks") as advance:
         writer = None
-        for ids, titles, texts in store.texts(first=now.stop):
+        for ids, titles, texts in store.texts(first=now.stop, batch=BATCH):
             if writer is None:
                 writer = postings.Writer(settings, title)
             writer.add(ids, titles, texts)
