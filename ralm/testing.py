@@ -90,6 +90,8 @@ def check_degenerate(ralm: RALM, ids: Sequence[int]) -> None:
     for weights in ("prior", "posterior"):
         how = Ensemble(weights=weights, **shape)
         same(replace(ralm, how=how).score(ids).logp, one.logp, f"degenerate (ensemble {weights})")
+    if hasattr(ralm.how, "k"):
+        same(replace(ralm, how=replace(ralm.how, k=1)).score(ids).logp, one.logp, f"degenerate ({ralm.how!r} with k=1)")
 
 
 def check_marginal(ralm: RALM, prompt: str, ids: Sequence[int]) -> None:
