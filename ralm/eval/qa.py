@@ -51,7 +51,7 @@ def evaluate_qa(answerer: Any, rows: Iterable[Mapping[str, Any]], k: int | None 
                                  f"now '{row['question'][:60]}'); write to another file, or delete it to begin again")
             advance(1)
         said = [ledger.rows[row["id"]] for row in rows]
-    return measure(rows, said, ks) | {"seconds": time.perf_counter() - began, "convention": convention | CONVENTION}
+    return measure(rows, said, ks, k) | {"seconds": time.perf_counter() - began, "convention": convention | CONVENTION}
 
 
 CONVENTION = {"answers": "EM and F1 of SQuAD: lower case, no ASCII punctuation, no articles; best over references; percent",
@@ -103,8 +103,11 @@ def _ask(ask: Callable[..., Answer], row: Mapping[str, Any], k: int | None) -> d
             "ctxs": ctxs, "seconds": answer.seconds}
 
 
-def measure(rows: Sequence[Mapping[str, Any]], said: Sequence[Mapping[str, Any]], ks: Sequence[int] = KS) -> dict[str, Any]:
-    """Measures of predictions `said` (rows of a predictions file) for `rows`, in the same order: the dict of `evaluate_qa`."""
+def measure(rows: Sequence[Mapping[str, Any]], said: Sequence[Mapping[str, Any]], ks: Sequence[int] = KS,
+            k: int | None = None) -> dict[str, Any]:
+    """Measures of predictions `said` (rows of a predictions file) for `rows`, in the same order: the dict of `evaluate_qa`.
+
+    k: how many passages were asked for; a retriever may have found fewer."""
     known = np.array([bool(row["answers"]) for row in rows])
     values = {name: np.array([100 * of(one["answer"], row["answers"]) for row, one in zip(rows, said)])
               for name, of in (("EM", em_squad), ("F1", f1_squad), ("match_substring", match_substring))}
@@ -115,9 +118,9 @@ def measure(rows: Sequence[Mapping[str, Any]], said: Sequence[Mapping[str, Any]]
             if mask.any():
                 measures |= {f"{part}_{name}": float(values[name][mask].mean()) for name in ("EM", "F1")}
     ranks = np.array([_rank(row, one) for row, one in zip(rows, said) if row["answers"]])
-    deepest = max((len(one["ctxs"]) for one in said), default=0)
+    deepest = max([k or 0, *(len(one["ctxs"]) for one in said)])
     if len(ranks):
-        measures |= {f"accuracy@{k}": 100 * float((ranks < k).mean()) for k in ks if k <= deepest}
+        measures |= {f"accuracy@{n}": 100 * float((ranks < n).mean()) for n in ks if n <= deepest}
     return {"measures": measures, "intervals": {name: interval(values[name]) for name in ("EM", "F1")},
             "questions": len(rows), "answerable": int(known.sum()),
             "median_seconds": median(one["seconds"] for one in said), "rows": list(said)}
