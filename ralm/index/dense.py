@@ -140,7 +140,8 @@ class Leaf:
         """A few stored vectors have length one (or are zero): catches files that are not what they were."""
         if len(self.rows):
             some = self.rows.take(np.unique(np.linspace(0, len(self.rows) - 1, 4).astype(np.int64))).astype(np.float32)
-            length = np.sqrt((some * some).sum(1))
+            with np.errstate(all="ignore"):
+                length = np.sqrt((some * some).sum(1))
             if not ((np.abs(length - 1) < 0.01) | (length == 0)).all():
                 raise vectors.damaged(self.folder, f"stored vectors have lengths {length.tolist()}, not 1")
 

@@ -37,7 +37,7 @@ class Static:
         from safetensors import SafetensorError
 
         try:
-            model = model2vec.StaticModel.from_pretrained(self.folder, normalize=False, max_length=None, force_download=False)
+            model = model2vec.StaticModel.from_pretrained(self.folder, max_length=None, force_download=False)
         except (OSError, ValueError, KeyError, SafetensorError) as e:
             raise UsageError(f"'{self.folder}' is no readable model2vec folder ({e}); it needs config.json, model.safetensors and "
                              "tokenizer.json") from e

@@ -34,7 +34,6 @@ def tiny_bert(folder: Path, kind: str, **options) -> None:
     """A random BERT of two small layers with its tokenizer."""
     import torch
     import transformers
-
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     words = Tokenizer(models.WordPiece({w: i for i, w in enumerate(VOCABULARY)}, unk_token="[UNK]"))
@@ -60,8 +59,8 @@ def tiny(tmp_path_factory) -> Path:
     base, folder = tmp_path_factory.mktemp("bert"), tmp_path_factory.mktemp("tiny")
     tiny_bert(base, "BertModel")
     word = modules.Transformer(str(base))
-    model = sentence_transformers.SentenceTransformer(modules=[word, modules.Pooling(32, "mean"), modules.Normalize()], device="cpu",
-                                                      prompts={"query": "query: ", "document": "passage: "})
+    model = sentence_transformers.SentenceTransformer(modules=[word, modules.Pooling(32, "mean"), modules.Normalize()],
+                                                      device="cpu", prompts={"query": "query: ", "document": "passage: "})
     model.save(str(folder), create_model_card=False)
     return folder
 
@@ -76,7 +75,7 @@ def cross(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def paragraphs() -> list[str]:
-    """A few thousand distinct paragraphs of English: docstrings of the standard library, the same on every machine but for versions."""
+    """A few thousand distinct paragraphs of English: docstrings of the standard library."""
     found: dict[str, None] = {}
     root = Path(sysconfig.get_paths()["stdlib"])
     for file in sorted(root.glob("*.py")) + sorted(root.glob("asyncio/*.py")) + sorted(root.glob("email/*.py")):
