@@ -58,10 +58,13 @@ def bare_suffix(path: str | Path) -> str:
 def whole(path: str | Path) -> Iterator[IO[str]]:
     """A text file for writing that appears under its name complete or not at all; packed where its name ends in .gz or .zst.
 
-    Raises UsageError where nothing can be written there."""
+    Devices and pipes (/dev/stdout) are written to as they are. Raises UsageError where nothing can be written there."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    straight = path.parts[:2] == ("/", "dev") or path.is_fifo()
+    temporary = path if straight else path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
         raw = temporary.open("wb")
     except OSError as e:
         raise UsageError(f"{path} cannot be written: {e.strerror or e}") from e
@@ -78,10 +81,13 @@ def whole(path: str | Path) -> Iterator[IO[str]]:
             if stream is not raw:
                 stream.close()
             raw.flush()
-            os.fsync(raw.fileno())
-        temporary.replace(path)
+            if not straight:
+                os.fsync(raw.fileno())
+        if not straight:
+            temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        if not straight:
+            temporary.unlink(missing_ok=True)
 
 
 class Ledger:
@@ -108,6 +114,8 @@ class Ledger:
         """Read the rows that are there; how many bytes of the file are whole lines."""
         raw = self.path.read_bytes()
         kept = raw.rfind(b"\n") + 1
+        if not kept and not raw.startswith(b'{"rows_of"'):  # one line of something else, not our first line cut short
+            raise ReadError(f"{self.path}, line 1, is not a row of an evaluation; move the file away, or write to another one")
         for number, line in enumerate(raw[:kept].decode("utf-8", "replace").split("\n")[:-1], 1):
             try:
                 row = json.loads(line)

@@ -51,8 +51,11 @@ def test_whole_or_not_at_all(tmp_path, name):
         1 / 0
     assert list(lines(path)) == [(1, "é")]
     assert [p.name for p in tmp_path.iterdir()] == [name]
-    with pytest.raises(UsageError, match="cannot be written"), whole(tmp_path / "none" / "x"):
-        pass
+    for wrong in (tmp_path / "none" / "x", tmp_path):
+        with pytest.raises(UsageError, match="cannot be written"), whole(wrong):
+            pass
+    with whole("/dev/null") as file:
+        file.write("gone")
 
 
 def test_ledger_goes_on_after_a_crash(tmp_path):
@@ -73,10 +76,14 @@ def test_ledger_of_something_else_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"system = 'a', this run has 'b'"):
         Ledger(path, {"system": "b"})
     before = path.read_bytes()
-    (tmp_path / "other").write_text("notes of mine\n")
-    with pytest.raises(ReadError, match="line 1"):
-        Ledger(tmp_path / "other", {"system": "a"})
-    assert (tmp_path / "other").read_text() == "notes of mine\n" and path.read_bytes() == before
+    for mine in ("notes of mine\n", "notes of mine", '{"q1": "an answer"}'):
+        (tmp_path / "other").write_text(mine)
+        with pytest.raises(ReadError, match="line 1"):
+            Ledger(tmp_path / "other", {"system": "a"})
+        assert (tmp_path / "other").read_text() == mine and path.read_bytes() == before
+    (tmp_path / "torn").write_text('{"rows_of": {"sys')  # killed in its very first line
+    Ledger(tmp_path / "torn", {"system": "a"}).__exit__()
+    assert json.loads((tmp_path / "torn").read_text()) == {"rows_of": {"system": "a"}}
     with Ledger(None, {}) as ledger:  # without a file: memory only
         ledger.add({"id": "1"})
         assert "1" in ledger.rows
