@@ -2,9 +2,9 @@
 
     for document in read("handbook/", "papers.zip", "psgs_w100.tsv.gz"): ...
 
-Kinds: plain text, Markdown and source code; HTML, PDF, DOCX (formats.py); jsonl, json, csv, tsv, parquet (records.py); zip files of
-these, BEIR sets (a folder or a zip; only the corpus becomes documents). Each may be packed as .gz or .zst. Which files, and under
-which ids: walk.py. Row files are never held in memory; a file that is one document is, up to 256 MB."""
+Kinds: plain text, Markdown, source code, PDF, DOCX (formats.py); HTML (webpage.py); jsonl, json, csv, tsv, parquet (records.py);
+zip files of these and BEIR sets, of which only the corpus becomes documents (archive.py). Each may be packed as .gz or .zst. Which
+files, and under which ids: walk.py. Row files are never held in memory; a file that is one document is, up to 256 MB."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import zstandard
 from ralm import progress
 from ralm.errors import MissingDependency, ReadError
 from ralm.types import Document
-from ralm.what import formats, records
+from ralm.what import formats, records, webpage
 from ralm.what.archive import members
 from ralm.what.stream import CAP, RATIO, Metered, Reason, clean, unpacked, whole
 from ralm.what.walk import File, find, kind_of
@@ -183,7 +183,7 @@ def _page(file: File, data: bytes) -> formats.Page:
     if file.kind == "text":
         name = file.id.lower().removesuffix(file.packing)
         return formats.markdown(data) if name.endswith((".md", ".markdown")) else formats.plain(data)
-    return {"html": formats.html, "pdf": formats.pdf, "docx": formats.docx}[file.kind](data)
+    return {"html": webpage.html, "pdf": formats.pdf, "docx": formats.docx}[file.kind](data)
 
 
 def _document(file: File, page: formats.Page, faults: Faults) -> Document:

@@ -1,0 +1,77 @@
+"""Web pages: the article where there is one, visibly all text where there is none, whatever the markup."""
+
+import time
+
+import pytest
+
+from ralm import progress
+from ralm.what.read import read
+from ralm.what.stream import Reason
+from ralm.what.webpage import html
+
+SENTENCE = "This is a sentence of the article, number {}, long enough to count as text. "
+ARTICLE = "".join(f"<p>{SENTENCE.format(i) * 2}</p>" for i in range(20))
+PAGE = (f"<!DOCTYPE html><html><head><title>The  Title</title><meta property='article:published_time' content='2023-04-05T06:07'>"
+        f"<link rel='license' href='https://creativecommons.org/licenses/by/4.0/'><script>var secret = 1</script></head><body><nav>"
+        f"{'<a href=x>Menu entry</a> ' * 30}</nav><article><h1>Heading</h1>{ARTICLE}"
+        f"<select>{'<option>a choice</option>' * 90}</select><table><tr><td>left</td><td>right</td></tr></table>"
+        f"</article><footer>Copyright notice</footer></body></html>")
+
+
+def test_article_without_the_menu():
+    page = html(PAGE.encode())
+    assert "number 19" in page.text and "Menu entry" not in page.text and "secret" not in page.text and "left" in page.text
+    assert (page.title, page.date, page.licence) == ("The Title", "2023-04-05T06:07", "https://creativecommons.org/licenses/by/4.0/")
+    assert page.remark == ""
+
+
+def test_a_page_without_an_article_keeps_all_visible_text_and_says_so(tmp_path):
+    links = "".join(f"<li><a href='{i}'>Entry {i}</a></li>" for i in range(2000))
+    head = "<head><title>Index</title><style>p {}</style></head>"
+    (tmp_path / "index.html").write_text(f"<html>{head}<body><nav>{links}</nav><article>{ARTICLE[:300]}</article></body></html>")
+    notes = []
+    sink = progress.Silent()
+    sink.note = notes.append
+    progress.use(sink)
+    try:
+        [d] = read(tmp_path, strict=True)
+    finally:
+        progress.use(progress.Silent())
+    assert d.text.startswith("Entry 0\nEntry 1\n") and "Entry 1999\nThis is a sentence" in d.text and d.title == "Index"
+    assert len(notes) == 1 and "all its visible text is kept" in notes[0]
+
+
+@pytest.mark.parametrize(("encoding", "text"), [
+    ("shift_jis", "日本語のテキストです。これは長い文章です。"), ("koi8-r", "Это довольно длинный текст"),
+    ("utf-16", "Ein Text über Bäume"), ("utf-8-sig", "Ein Text über Bäume")])
+def test_declared_encodings(encoding, text):
+    head = f"<head><meta charset='{encoding}'><title>{text}</title></head>"
+    page = html(f"<html>{head}<body><p>{text}</p></body></html>".encode(encoding))
+    assert page.text.strip() == text and page.title == text and page.remark == ""
+
+
+def test_xml_declaration_and_undeclared_encoding():
+    page = html('<?xml version="1.0" encoding="iso-8859-1"?><html><body><p>café and more text</p></body></html>'.encode("latin-1"))
+    assert page.text == "café and more text" and "cp1252" in page.remark
+
+
+@pytest.mark.parametrize("data", [b"", b"<html></html>", b"<script>x = 1</script>", b"\0\1", b"<!--" * 1000, b"   "])
+def test_nothing_to_see(data):
+    with pytest.raises(Reason):
+        html(data)
+
+
+@pytest.mark.parametrize("data", [
+    b"<div>" * 100_000 + b"deep text", b"<b><i>" * 30_000 + b"deep text", b"<table><tr><td>" * 5000 + b"deep text",
+    b"<br>" * 150_000 + b"deep text", b"<p " + b"a=1 " * 100_000 + b">deep text</p>", b"<" * 200_000 + b"p>deep text",
+    b"<p>deep text" + b"&amp;" * 100_000])
+def test_hostile_markup_neither_hangs_nor_loses_text(data):
+    start = time.perf_counter()
+    page = html(data)
+    assert "deep text" in page.text
+    assert time.perf_counter() - start < 30
+
+
+def test_text_before_and_after_a_deep_part_is_kept():
+    page = html(b"<p>before</p>" + b"<div>" * 3000 + b"inside" + b"</div>" * 3000 + b"<p>after</p>")
+    assert page.text.split("\n") == ["before", "inside", "after"] and "3,002 levels" in page.remark
