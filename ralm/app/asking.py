@@ -121,9 +121,9 @@ def ask(store: StoreArg, /, *question: Words, lm: LM = "bundled:reader", retriev
 def answer_lines(data: dict[str, Any]) -> Iterator[str]:
     """The answer, its quotes and where they are; where it declined, the nearest passages."""
     if data["abstained"]:
-        yield bold("no answer") + f": none was found in {count(len(data['evidence']), 'passage')} read"
-        if data["evidence"]:
-            yield "nearest:"
+        read = len(data["evidence"])
+        yield bold("no answer") + (f": none was found in {count(read, 'passage')} read; nearest:" if read else
+                                   ": no passage matches the question")
         shown = data["evidence"][:3]
     else:
         yield bold(data["answer"])

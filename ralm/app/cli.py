@@ -41,27 +41,31 @@ COMMANDS = {  # where it is, what it takes, one line of help, its group
     "eval retrieval": ("evaluating:retrieval", "STORE --queries FILE --qrels FILE", "nDCG, recall and others.", MEASURE),
     "eval qa": ("evaluating:qa", "STORE --questions FILE | --predictions P --gold G", "Exact match and F1 of answers.", MEASURE),
     "doctor": ("doctor:doctor", "[STORE]", "What this machine has; with STORE, verify it.", MORE),
-    "demo": ("cli:demo", "", "Everything on real text, in minutes.", MORE),
+    "demo": ("demo:demo", "", "Everything on real text, in minutes.", MORE),
 }
 
 
 def application(argv: Sequence[str]) -> App:
-    """The commands, none of them imported yet. The one that argv names shows its own docstring as help."""
+    """The commands, none of them imported yet. The one that argv names shows its docstring as help."""
     app = App(name="ralm", help=HELP, version=ralm.__version__, default_parameter=Parameter(negative=()), help_format="plaintext")
     evaluate = App(name="eval", help="Measures of retrieval and of answers.", group=MEASURE, sort_key=len(COMMANDS))
     for i, (name, (path, takes, text, group)) in enumerate(COMMANDS.items()):
         parent, name = (evaluate, name.split()[1]) if name.startswith("eval ") else (app, name)
         usage = " ".join(["Usage: ralm", *(["eval"] if parent is evaluate else []), name, takes, "[OPTIONS]"])
-        parent.command(f"ralm.app.{path}", name=name, help=None if name in argv else text, group=group, sort_key=i, usage=usage)
+        parent.command(f"ralm.app.{path}", name=name, help=_docstring(path) if name in argv else text, group=group, sort_key=i,
+                       usage=usage)
     app.command(evaluate)
     return app
 
 
-def demo(*, out: terminal.Output = terminal.Output()) -> None:  # noqa: B008 (a frozen dataclass)
-    """Ten questions over the Python documentation and the docstrings of what is installed, with everything the package does."""
-    from ralm.app.demo import main
+def _docstring(path: str) -> str:
+    """A command's docstring, each paragraph on one line for the terminal to wrap."""
+    import inspect
+    from importlib import import_module
 
-    main(out)
+    module, _, name = path.partition(":")
+    paragraphs = (inspect.getdoc(getattr(import_module(f"ralm.app.{module}"), name)) or "").split("\n\n")
+    return "\n\n".join(" ".join(p.split()) for p in paragraphs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,8 +12,6 @@ from ralm.app.terminal import Output, duration, size, table
 from ralm.errors import UsageError, unknown
 from ralm.registry import parse
 
-KINDS = ("bm25", "tfidf", "dense")
-
 
 def index(store: StoreArg, /, *, index: Index = None,
           rebuild: Annotated[bool, Parameter(help="Delete the index and build it anew; needed where settings change.")] = False,
@@ -27,15 +25,13 @@ def index(store: StoreArg, /, *, index: Index = None,
 
     began = time.perf_counter()
     wanted = specs(index)
+    if rebuild and not wanted:
+        raise UsageError("--rebuild needs to know which index: give --index too, like --index bm25")
+    kb = Datastore.open(store)
     for spec in wanted:
         check(spec)
-    kb = Datastore.open(store)
-    if rebuild:
-        if not wanted:
-            raise UsageError("--rebuild needs to know which index: give --index too, like --index bm25")
-        _drop(kb, wanted)
     for spec in wanted:
-        build(spec, kb)
+        build(spec, kb, rebuild=rebuild)
     if not wanted:
         update(kb)
     made = list(artifacts(store))
@@ -46,23 +42,17 @@ def index(store: StoreArg, /, *, index: Index = None,
 
 
 def check(spec: str) -> None:
-    """Raise UsageError for a spec that names no index."""
-    name = parse(spec).name
-    if name not in KINDS:
-        raise unknown("index", name, KINDS)
+    """Raise UsageError for a spec that names no index or has wrong options: they are tried on an empty datastore, so that nobody
+    learns of a misspelling after an hour of reading."""
+    from tempfile import TemporaryDirectory
 
+    from ralm.index import SPECS, build
+    from ralm.what.datastore import Datastore
 
-def _drop(kb, wanted: list[str]) -> None:
-    """Delete the folders of the indexes that these specs name."""
-    import shutil
-
-    for spec in wanted:
-        folder = kb.path / "index" / folder_of(spec)
-        with kb.lock():
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def folder_of(spec: str) -> str:
-    """The folder below index/ that a spec's index lives in."""
+    known = [name for name in SPECS if name != "auto"]
     found = parse(spec)
-    return "bm25" if found.name in ("bm25", "tfidf") else "dense"
+    if found.name not in known:
+        raise unknown("index", found.name, known)
+    if found.args or found.options:
+        with TemporaryDirectory(prefix="ralm-") as folder:
+            build(spec, Datastore.create(f"{folder}/kb"))

@@ -79,9 +79,8 @@ def documents(command: str, paths: tuple[Path, ...], strict: bool, skipped: list
     found = iter(read(*paths, strict=strict, skipped=skipped))
     first = next(found, None)
     if first is None:
-        where = ", ".join(map(str, paths))
-        why = f" ({len(skipped)} skipped, like {skip(skipped[0])['file']}: {skip(skipped[0])['reason']})"
-        raise ReadError(f"no documents in {where}{why if skipped else ''}; see ralm build --help for what can be read")
+        why = "".join(f" ({len(skipped)} skipped, like {s['file']}: {s['reason']})" for s in map(skip, skipped[:1]))
+        raise ReadError(f"no documents in {', '.join(map(str, paths))}{why}; see ralm build --help for what can be read")
     return chain([first], found)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from ralm.app.asking import speaking
-from ralm.app.options import LM, At, Files, Finder, HowArg, StoreArg, Strict, WhenArg, Where, documents, positive
+from ralm.app.options import LM, At, Files, Finder, HowArg, StoreArg, Strict, WhenArg, Where, documents, positive, skip
 from ralm.app.terminal import Output, bold, count, duration, facts, number, table
 
 SHOWN = 10  # documents listed one by one
@@ -20,8 +20,8 @@ def score(store: StoreArg, /, *files: Files, lm: LM = "bundled:base", how: HowAr
                                                        "can.")] = None,
           stride: Annotated[int | None, Parameter(help="Tokens predicted per window after the first; default: half of what the "
                                                        "window leaves for text.")] = None,
-          exclude_self: Annotated[bool, Parameter(show_default=False, help="A text that is itself in the datastore, by id or by its "
-                                                  "words, is not retrieved while it is scored.")] = False,
+          exclude_self: Annotated[bool, Parameter(show_default=False, help="A text that is itself in the datastore is not "
+                                                  "retrieved while it is scored.")] = False,
           retriever: Finder = "auto", where: Where = None, at: At = None, strict: Strict = False,
           save: Annotated[Path | None, Parameter(help="Keep each document's figures in this file (JSON lines); a run that was "
                                                       "stopped goes on from it.")] = None,
@@ -38,7 +38,8 @@ def score(store: StoreArg, /, *files: Files, lm: LM = "bundled:base", how: HowAr
     texts = list(documents("score", files, strict, skipped))
     system, kb = speaking(store, at, lm, how, when, retriever, where)
     result = evaluate_perplexity(system, texts, window=window, stride=stride, exclude_self=exclude_self, ledger=save)
-    data = result | {"version": kb.version, "skipped": [{"file": str(s[0]), "reason": str(s[1])} for s in skipped]}
+    result["rows"] = [{k: v for k, v in row.items() if k not in ("sha256", "convention")} for row in result["rows"]]
+    data = result | {"version": kb.version, "skipped": [skip(s) for s in skipped]}
     out.show(data, lambda: _lines(data))
 
 
@@ -47,7 +48,7 @@ def _lines(data: dict[str, Any]) -> Iterator[str]:
     between = f"  ({number(low, 2)} – {number(high, 2)})" if data["documents"] > 1 else ""
     yield from facts({bold("perplexity"): number(data["ppl"], 3) + " per token" + between,
                       "bits per byte": number(data["bits_per_byte"]), "nats per token": number(data["nats_per_token"]),
-                      "word perplexity": number(data["word_ppl"], 2),
+                      "word perplexity": _short(data["word_ppl"]),
                       "over": f"{count(data['documents'], 'document')}, {count(data['tokens'], 'token')}, "
                               f"{count(data['words'], 'word')}, {count(data['bytes'], 'byte')}",
                       "retrievals": f"{data['retrievals']:,}", "took": duration(data["seconds"])})
@@ -61,3 +62,7 @@ def _lines(data: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield "convention"
     yield from ("  " + line for line in facts({k: v for k, v in data["convention"].items() if v is not None}))
+
+
+def _short(value: float) -> str:
+    return number(value, 2) if value < 1e6 else f"{value:.3g}"

@@ -179,7 +179,7 @@ class Talk:
                 if not self.tasks:
                     self.progress.stop()
                     self.progress = None
-            if seconds > 2 and task.done and not self.quiet:
+            if seconds > 5 and task.done and not self.quiet:
                 self._line(f"{task.stage}: {task.amount(whole=False)} in {duration(seconds)}")
 
     def note(self, text: str) -> None:
