@@ -4,7 +4,7 @@ import string
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ralm.errors import UsageError
@@ -61,12 +61,14 @@ def test_by_hand(said, golds, em, f1):
     assert f1_squad(said, golds) == pytest.approx(f1)
 
 
+@settings(deadline=None)
 @given(WORDS, GOLDS)
 def test_second_implementation(said, golds):
     assert em_squad(said, golds) == max(float(plain(said) == plain(g)) for g in golds or [""])
     assert f1_squad(said, golds) == pytest.approx(max(f1_plain(said, g) for g in golds or [""]))
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_one_reference_is_symmetric_and_bounded(a, b):
     assert 0 <= f1_squad(a, [b]) <= 1
@@ -74,6 +76,7 @@ def test_one_reference_is_symmetric_and_bounded(a, b):
     assert em_squad(a, [b]) == em_squad(b, [a])
 
 
+@settings(deadline=None)
 @given(WORDS, GOLDS)
 def test_exact_implies_f1_and_more_references_never_hurt(said, golds):
     if em_squad(said, golds):
@@ -118,6 +121,7 @@ def test_has_answer(passage, golds, held):
     assert has_answer(passage, golds) is held
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_tokens_are_letters_numbers_marks_or_one_visible_character(text):
     flat = unicodedata.normalize("NFD", text)

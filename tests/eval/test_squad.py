@@ -7,7 +7,7 @@ import string
 
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ralm.errors import ReadError, UsageError
@@ -79,6 +79,7 @@ def official(predictions, data):
 PHRASE = st.lists(st.sampled_from(["the", "cat", "Cat!", "sat", "an", "-", "on", "mat"]), max_size=4).map(" ".join)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from("abcdef"), st.lists(PHRASE, max_size=3), min_size=1),
        st.dictionaries(st.sampled_from("abcdefg"), PHRASE, min_size=1))
 def test_against_the_official_procedure(answers, predictions):

@@ -3,7 +3,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ralm.errors import ReadError, UsageError
@@ -62,6 +62,7 @@ IDS = st.text(st.characters(codec="utf-8", exclude_categories=("Z", "C")), min_s
 SCORES = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=6).map(lambda s: sorted(s, reverse=True))
 
 
+@settings(deadline=None)
 @given(st.dictionaries(IDS, SCORES, min_size=1, max_size=3), st.data())
 def test_round_trip_keeps_order_with_ties(tmp_path_factory, scores, data):
     """What is read back has the order that was written, also as an evaluator sees it that sorts by score and then by id."""
