@@ -65,18 +65,18 @@ class Attention(nn.Module):
         self.heads, self.size = c.heads, c.width // c.heads
         self.q, self.k, self.v, self.o = (nn.Linear(c.width, c.width, bias=False) for _ in range(4))
         self.q_norm, self.k_norm = nn.RMSNorm(self.size, c.eps), nn.RMSNorm(self.size, c.eps)
+        self.attend = F.scaled_dot_product_attention  # a trainer may know a faster one for its own case
 
     def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None,
                 mask: Tensor | None, causal: bool) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         B, T, D = x_BTD.shape
         split = (B, T, self.heads, self.size)
-        q_BHTE = rotate(self.q_norm(self.q(x_BTD).view(split)).transpose(1, 2), rotary)
-        k_BHLE = rotate(self.k_norm(self.k(x_BTD).view(split)).transpose(1, 2), rotary)
+        q_BHTE = rotate(normed(self.q_norm, self.q(x_BTD).view(split)).transpose(1, 2), rotary)
+        k_BHLE = rotate(normed(self.k_norm, self.k(x_BTD).view(split)).transpose(1, 2), rotary)
         v_BHLE = self.v(x_BTD).view(split).transpose(1, 2)
-        q_BHTE, k_BHLE = q_BHTE.to(v_BHLE.dtype), k_BHLE.to(v_BHLE.dtype)  # norms are float32 under autocast
         if past is not None:  # new tensors: whoever holds the old past may continue it again
             k_BHLE, v_BHLE = torch.cat([past[0], k_BHLE], 2), torch.cat([past[1], v_BHLE], 2)
-        y_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHLE, v_BHLE, attn_mask=mask, is_causal=causal)
+        y_BHTE = self.attend(q_BHTE, k_BHLE, v_BHLE, attn_mask=mask, is_causal=causal)
         return self.o(y_BHTE.transpose(1, 2).reshape(B, T, D)), (k_BHLE, v_BHLE)
 
 
@@ -134,10 +134,15 @@ class Decoder(nn.Module):
         return self.norm(x_BTD), kept
 
 
+def normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """The norm in the type of x: under autocast the weight is wider, and a mixed norm is several times slower."""
+    return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
+
+
 def rotate(x_BHTE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """RoPE: turns the pairs (x_i, x_{i + E/2}) by angle position x frequency_i."""
     a, b = x_BHTE.chunk(2, -1)
-    return x_BHTE * rotary[0] + torch.cat([-b, a], -1) * rotary[1]
+    return x_BHTE * rotary[0].to(x_BHTE.dtype) + torch.cat([-b, a], -1) * rotary[1].to(x_BHTE.dtype)
 
 
 # ---- the contract -------------------------------------------------------------------------------------------------------
@@ -332,4 +337,5 @@ def save(folder: Path, model: Decoder, tokenizer: BPE, config: GPTConfig) -> Non
     part.write_text(json.dumps(asdict(config), indent=1) + "\n")
     part.replace(folder / "config.json")
     save_file({n: p.detach().half().contiguous() for n, p in model.state_dict().items()}, part)
+    part.chmod(0o644)  # safetensors writes for the owner alone
     part.replace(folder / "model.safetensors")

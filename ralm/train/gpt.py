@@ -12,6 +12,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from ralm.train.gpt_card import card
 from ralm.train.gpt_data import Rows, Stream, documents, spaced
 from ralm.train.gpt_eval import bits_per_byte
 from ralm.train.muon import Muon
-from ralm.train.objectives import head_loss
+from ralm.train.objectives import causal_attention, head_loss
 from ralm.train.tokenizer import train_bpe
 
 
@@ -55,12 +56,17 @@ class Run:
     def __init__(self, recipe: dict[str, Any], root: Path, folder: Path):
         t = self.train = recipe["train"]
         self.recipe, self.root, self.folder = recipe, root, folder
-        torch.set_num_threads(t["threads"])
+        # Threads each take whole rows and meet once a step; inside an operation they would meet thousands of times, and on a
+        # machine that is shared wait for each other at every one.
+        torch.set_num_threads(1)
+        self.pool = ThreadPoolExecutor(t["threads"])
         torch.manual_seed(t["seed"])
         folder.mkdir(parents=True, exist_ok=True)
         self.config = GPTConfig(**recipe["model"])
         self.bpe, self.rows = self._data(recipe["data"])
-        self.model = Decoder(self.config)
+        self.model = Decoder(self.config).train()
+        for block in self.model.blocks:
+            block.attention.attend = causal_attention
         self.dtype = getattr(torch, t["dtype"])
         named = dict(self.model.named_parameters())
         matrices = {n: p for n, p in named.items() if p.ndim == 2 and n != "embed.weight"}
@@ -174,21 +180,22 @@ class Run:
             for group in optimiser.param_groups:
                 group["lr"] = peak * share
         rows_BT = torch.from_numpy(self.rows.batch(self.state.steps, t["batch"], self.state.dealt))
-        self.model.train()
-        total = 0.0
-        for part in rows_BT.split(t["micro"]):
-            with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
-                hidden_BTD, _ = self.model(part[:, :-1])
-            loss = head_loss(hidden_BTD.float().flatten(0, 1), self.model.embed.weight, part[:, 1:].flatten(), self.dtype)
-            loss = loss * (len(part) / len(rows_BT))
-            loss.backward()
-            total += float(loss.detach())
+        losses, gradients = zip(*self.pool.map(self._gradient, rows_BT.split(t["micro"])))
+        for p, *parts in zip(self.model.parameters(), *gradients):
+            p.grad = sum(parts[1:], parts[0]) / len(parts)  # in order: the same sum on every run
         for optimiser in (self.muon, self.adam):
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         self.state.steps += 1
         self.state.tokens += rows_BT.shape[0] * self.config.window
-        return total
+        return sum(losses) / len(losses)
+
+    def _gradient(self, rows_BT: Tensor) -> tuple[float, tuple[Tensor, ...]]:
+        """Loss and gradients of some rows [B, T + 1]; several threads do this on the same weights."""
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            hidden_BTD, _ = self.model(rows_BT[:, :-1])
+        loss = head_loss(hidden_BTD.float().flatten(0, 1), self.model.embed.weight, rows_BT[:, 1:].flatten(), self.dtype)
+        return float(loss.detach()), torch.autograd.grad(loss, list(self.model.parameters()))
 
     def check(self, sample: int | None) -> None:
         """Bits per byte on held-out text (its first `sample` characters, None: all of it), export, save."""
