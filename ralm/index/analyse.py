@@ -86,6 +86,7 @@ class Analyser:
         self._slots, self._hashes = np.full(1 << 12, -1, np.int32), np.empty(0, np.uint64)
         self._starts, self._blob, self.runs = np.zeros(1, np.int64), np.empty(0, np.uint8), 0
         self._run_ptr, self._run_terms = np.zeros(1, np.int64), np.empty(0, np.int32)
+        self._seen, self._where, self._stamp = np.empty(0, np.int64), np.empty(0, np.int64), 0
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(int32 term numbers of all texts, int64 [len(texts) + 1] where each text's begin)."""
@@ -96,6 +97,18 @@ class Analyser:
             ends.append(ptr[1:] + total)
             total += len(t)
         return np.concatenate(terms) if terms else np.empty(0, np.int32), np.concatenate(ends)
+
+    def count(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The distinct terms of each text in the order they first occur: (int64 ptr [len(texts) + 1], int32 terms, uint32 counts),
+        and how many terms each text has altogether (int64)."""
+        terms, ptr = self(texts)
+        if len(self._seen) < len(self.terms):
+            old = len(self._seen)
+            self._seen, self._where = _grown(self._seen, len(self.terms)), _grown(self._where, len(self.terms))
+            self._seen[old:] = -1
+        counted = kernels.count_terms(terms, ptr, self._seen, self._where, self._stamp)
+        self._stamp += len(texts)
+        return *counted, np.diff(ptr)
 
     def words(self, text: str) -> list[str]:
         """The terms of one text, to look at."""

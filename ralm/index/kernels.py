@@ -138,18 +138,20 @@ def expand(ids, ptr, run_ptr, run_terms):
 
 
 @compiled
-def count_terms(terms, ptr, vocabulary):
-    """Distinct terms of each row in the order they first occur, with their counts: (ptr [rows+1], terms, counts)."""
-    seen, where = np.full(vocabulary, -1, np.int64), np.empty(vocabulary, np.int64)
-    out, counts = np.empty(len(terms), np.uint32), np.empty(len(terms), np.uint32)
+def count_terms(terms, ptr, seen, where, stamp):
+    """Distinct terms of each row in the order they first occur, with their counts: (ptr [rows+1], terms int32, counts uint32).
+
+    seen, where: int64 scratch by term, kept from call to call; `stamp` must be greater than everything in `seen`, and the caller
+    adds the number of rows to it afterwards. So a call costs what its rows cost, whatever the vocabulary."""
+    out, counts = np.empty(len(terms), np.int32), np.empty(len(terms), np.uint32)
     out_ptr, n = np.zeros(len(ptr), np.int64), 0
     for row in range(len(ptr) - 1):
         for j in range(ptr[row], ptr[row + 1]):
             t = terms[j]
-            if seen[t] == row:
+            if seen[t] == stamp + row:
                 counts[where[t]] += np.uint32(1)
             else:
-                seen[t], where[t] = row, n
+                seen[t], where[t] = stamp + row, n
                 out[n], counts[n] = t, 1
                 n += 1
         out_ptr[row + 1] = n
@@ -238,6 +240,11 @@ def copy_forward(term_map, to_row, row_ptr, terms, n, out_ptr, out_terms):
     return n
 
 
+def accumulators() -> np.ndarray:
+    """Scratch for `search`, which leaves it as it found it. One for each thread."""
+    return np.full(WINDOW + BLOCK + 1, UNTOUCHED, np.int32)
+
+
 @compiled
 def _worse(score_a, id_a, score_b, id_b):
     return score_a < score_b or (score_a == score_b and id_a > id_b)
@@ -299,13 +306,13 @@ def _gather(bits, total, size, base, first, allow, row_ids, scores, ids, n):
 
 
 @compiled
-def search(query_ptr, terms, weights, base, indptr, rows, impacts, allow, row_ids, scores, ids, held):
+def search(query_ptr, terms, weights, base, indptr, rows, impacts, allow, row_ids, bits, scores, ids, held):
     """Exact top k of each query over one segment, term at a time within windows of rows.
 
     Query q has terms[query_ptr[q]:query_ptr[q+1]] (numbers in this segment, -1 where it lacks them) with their weights >= 0 and
     base[q] >= 0, which every hit gets. scores float32 [Q, k], ids int64 [Q, k], held int64 [Q] are heaps that carry over from
-    segment to segment. A score is summed in the order of the query's terms, whatever the segments: appending changes no digit."""
-    bits = np.full(WINDOW + BLOCK + 1, UNTOUCHED, np.int32)
+    segment to segment; `bits` is scratch from accumulators(). A score is summed in the order of the query's terms, whatever the
+    segments: appending changes no digit."""
     total = bits.view(np.float32)
     for q in range(len(query_ptr) - 1):
         a, m = query_ptr[q], query_ptr[q + 1] - query_ptr[q]

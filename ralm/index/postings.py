@@ -80,12 +80,11 @@ class Writer:
 
     def add(self, ids: np.ndarray, titles: Sequence[str], texts: Sequence[str]) -> None:
         whole = [f"{a}\n{b}" if a else b for a, b in zip(titles, texts)] if self.title else texts
-        terms, ptr = self.analyser(whole)
-        row_ptr, terms, counts = kernels.count_terms(terms, ptr, len(self.analyser.terms))
+        row_ptr, terms, counts, lengths = self.analyser.count(whole)
         self._ids.append(np.asarray(ids, np.int64))
-        self._lengths.append(np.diff(ptr).astype(np.uint32))
+        self._lengths.append(lengths.astype(np.uint32))
         self._sizes.append(np.diff(row_ptr))
-        self._terms.append(terms.astype(np.int32))
+        self._terms.append(terms.copy())  # a copy: the array it is part of has room for every repetition
         self._counts.append(_small(counts))
         self.postings += len(terms)
 

@@ -36,7 +36,7 @@ class Sparse:
         if threads < 1:
             raise UsageError(f"threads = {threads}: at least 1")
         self.store, self.form, self.k1, self.b, self.delta, self.threads = store, form, float(k1), float(b), float(delta), threads
-        self._wish, self._guard, self._view = wish, threading.Lock(), None
+        self._wish, self._guard, self._view, self._own = wish, threading.Lock(), None, threading.local()
         self._opened()
 
     def __repr__(self) -> str:
@@ -67,10 +67,11 @@ class Sparse:
         held = np.zeros(len(queries), np.int64)
 
         def run(piece: slice) -> None:
+            bits = self._scratch()
             ptr = jobs.ptr[piece.start:piece.stop + 1]
             for segment, rows, mask, impacts, numbers in zip(view.segments, view.ids, masks, view.impacts, jobs.numbers):
                 kernels.search(ptr, numbers, jobs.weights, jobs.base[piece], segment.indptr, segment.rows, impacts, mask, rows,
-                               scores[piece], ids[piece], held[piece])
+                               bits, scores[piece], ids[piece], held[piece])
             kernels.drain(scores[piece], ids[piece], held[piece])
 
         if self.threads == 1:
@@ -81,6 +82,11 @@ class Sparse:
                 list(pool.map(run, [slice(i, min(i + step, len(queries))) for i in range(0, len(queries), step)]))
         hits.ids[:, :width], hits.scores[:, :width] = ids, scores
         return hits
+
+    def _scratch(self) -> np.ndarray:
+        if not hasattr(self._own, "bits"):
+            self._own.bits = kernels.accumulators()
+        return self._own.bits
 
     def _opened(self) -> View:
         """The view of the version the store is at; another one after the store has changed."""
@@ -180,9 +186,8 @@ class View:
         """Cut the queries, look up and work out what no query has asked for before. One thread at a time."""
         if len(self.analyser.terms) > MEMORY:
             self._forget()
-        terms, ptr = self.analyser(queries)
+        ptr, terms, counts, _ = self.analyser.count(queries)
         self._learn(len(self._df), how)
-        ptr, terms, counts = kernels.count_terms(terms, ptr, len(self._df))
         df = self._df[terms]
         weights = np.zeros(len(terms))
         weights[df > 0] = how.form.idf(df[df > 0].astype(np.float64), self.n) * counts[df > 0]

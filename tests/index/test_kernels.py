@@ -19,8 +19,8 @@ def flat(rows):
 
 def postings(rows, order):
     terms, ptr = flat(rows)
-    row_ptr, terms, counts = kernels.count_terms(terms, ptr, len(order))
-    terms = terms.astype(np.int32)
+    seen = np.full(len(order), -1)
+    row_ptr, terms, counts = kernels.count_terms(terms, ptr, seen, seen.copy(), 0)
     indptr, out, tfs = np.zeros(len(order) + 1, np.int64), np.empty(len(terms), np.int32), np.empty(len(terms), np.uint32)
     kernels.invert(row_ptr, terms, counts, order, indptr, out, tfs)
     return indptr, out, tfs, row_ptr, terms
@@ -68,7 +68,7 @@ def test_search_is_a_sort(seed, rows, k, ties, base):
     total, touched = np.zeros(2 * rows, np.float32), np.zeros(2 * rows, bool)
     weights, terms = rng.integers(0, 3, 4).astype(np.float32), np.array([0, 2, -1, 1], np.int32)
     scores, ids = np.full((1, k), -np.inf, np.float32), np.full((1, k), -1, np.int64)
-    held, allow = np.zeros(1, np.int64), rng.random(2 * rows) < 0.8
+    held, allow, bits = np.zeros(1, np.int64), rng.random(2 * rows) < 0.8, kernels.accumulators()
     for part in range(2):
         holds = rng.random((3, rows)) < [[0.5], [0.1], [0.02]]
         impacts = rng.integers(0, 3, holds.sum()).astype(np.float32) if ties else rng.random(holds.sum(), dtype=np.float32)
@@ -81,7 +81,8 @@ def test_search_is_a_sort(seed, rows, k, ties, base):
                 touched[at] = True
         here = slice(part * rows, (part + 1) * rows)
         kernels.search(np.array([0, 4]), terms, weights, np.array([base], np.float32), indptr, found, impacts, allow[here],
-                       np.arange(2 * rows)[here], scores, ids, held)
+                       np.arange(2 * rows)[here], bits, scores, ids, held)
+        assert (bits[:-1] == kernels.UNTOUCHED).all()
     kernels.drain(scores, ids, held)
     total += np.float32(base)
     want = sorted(np.nonzero(touched & allow)[0], key=lambda i: (-total[i], i))[:k]
@@ -96,7 +97,8 @@ def test_more_rows_than_a_window():
     scores, ids = np.full((2, len(found)), -np.inf, np.float32), np.full((2, len(found)), -1, np.int64)
     held = np.zeros(2, np.int64)
     kernels.search(np.array([0, 2, 3]), np.array([0, 0, 0], np.int32), np.ones(3, np.float32), np.zeros(2, np.float32),
-                   np.array([0, len(found)]), found, impacts, np.ones(rows, bool), np.arange(rows), scores, ids, held)
+                   np.array([0, len(found)]), found, impacts, np.ones(rows, bool), np.arange(rows), kernels.accumulators(),
+                   scores, ids, held)
     kernels.drain(scores, ids, held)
     order = np.lexsort((found, -impacts))
     assert np.array_equal(ids[0], found[order]) and np.array_equal(ids[1], ids[0]) and np.array_equal(scores[0], 2 * scores[1])
