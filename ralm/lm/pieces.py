@@ -7,6 +7,18 @@ from collections.abc import Iterator, Sequence
 from ralm.types import Token, Tokenizer
 
 
+def first_stop(text: str, stops: Sequence[str], begin: int = 0) -> int:
+    """Where the stop text that is complete first begins in text[begin:], -1 where none is: so the answer is the same
+    however the text was cut up while it came."""
+    found = [(at + len(s), at) for s in stops if (at := text.find(s, begin)) >= 0]
+    return min(found)[1] if found else -1
+
+
+def uncertain(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end of `text` may become part of a stop text."""
+    return max((n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+
+
 class Pieces:
     """Collects drawn tokens and yields Token events whose texts add up to what may be shown, in the order drawn.
 
@@ -27,15 +39,14 @@ class Pieces:
         begin = len(self._text)
         self._text = self.tokenizer.decode(self.ids).rstrip("�")
         self._held.append((token, logp, begin, len(self._text)))
-        cut = min((at for s in self.stops if (at := self._text.find(s, len(self.shown))) >= 0), default=-1)
+        cut = first_stop(self._text, self.stops, len(self.shown))
         if cut >= 0:
             self.stopped = True
             while self._held and self._held[0][2] < cut:
                 yield self._show(cut)
             self._held.clear()
             return
-        ends = (n for s in self.stops for n in range(1, len(s)) if self._text.endswith(s[:n]))
-        safe = len(self._text) - max(ends, default=0)
+        safe = len(self._text) - uncertain(self._text, self.stops)
         while self._held and self._held[0][3] <= safe:
             yield self._show(safe)
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ralm.errors import CapabilityError, UsageError
+from ralm.lm.pieces import first_stop, uncertain
 from ralm.lm.remote_http import Client, ServerError, Unreachable
 
 KNOWN = "The capital of France is Paris, and the capital of Italy is Rome."  # what `echo` is tried with
@@ -173,6 +174,8 @@ class Remote:
             models = self._models(notes)
             chat, completions = self._way(True, models, notes), self._way(False, models, notes)
             if chat is None and completions is None:
+                if models and self.model not in models:
+                    raise self._absent(models)
                 raise ServerError(f"'{self.name}' neither chats nor completes: {'; '.join(notes)}")
             score = completions is not None and self._scores(notes)
             self._known = Capabilities(models, chat, completions, score, tuple(notes))
@@ -201,8 +204,7 @@ class Remote:
                 pieces = list(self._ask(way, body, chat))
             except ServerError as e:
                 if e.status == 404 and models and self.model not in models:
-                    raise ServerError(f"{self.client.url} has no model '{self.model}' (404), it offers "
-                                      f"{', '.join(models[:8])}{' ...' if len(models) > 8 else ''}", 404) from e
+                    raise self._absent(models) from e
                 if _fatal(e):
                     raise
                 if "max_completion_tokens" in str(e) and len(limits) == 1:
@@ -217,6 +219,10 @@ class Remote:
                 notes.append(f"{label}: log-probabilities are accepted, but none came that make sense")
             return replace(way, logprobs=told)
         return None
+
+    def _absent(self, models: Sequence[str]) -> ServerError:
+        return ServerError(f"{self.client.url} has no model '{self.model}', it offers {', '.join(models[:8])}"
+                           f"{' ...' if len(models) > 8 else ''}", 404)
 
     def _scores(self, notes: list[str]) -> bool:
         try:
@@ -270,12 +276,11 @@ def until(pieces: Iterator[Piece], stops: Sequence[str]) -> Iterator[Piece]:
     for piece in pieces:
         held.append(piece)
         text = "".join(t for t, _ in held)
-        cut = min((text.find(s) for s in stops if s in text), default=-1)
+        cut = first_stop(text, stops)
         if cut >= 0:
             yield from _first(held, cut)
             return
-        ends = [n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])]
-        safe = len(text) - max(ends, default=0)
+        safe = len(text) - uncertain(text, stops)
         while held and len(held[0][0]) <= safe:
             safe -= len(held[0][0])
             yield held.pop(0)

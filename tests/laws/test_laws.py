@@ -11,25 +11,25 @@ from hypothesis import strategies as st
 
 pytest.importorskip("torch")
 
-from ralm.index import retriever  # noqa: E402
-from ralm.model import RALM  # noqa: E402
-from ralm.testing import (  # noqa: E402
+from ralm.index import retriever
+from ralm.model import RALM
+from ralm.testing import (
     Fixed,
     check_forgetting,
     check_marginal,
     check_ralm,
     check_retriever,
 )
-from ralm.types import Document  # noqa: E402
-from ralm.what.datastore import Datastore  # noqa: E402
+from ralm.types import Document
+from ralm.what.datastore import Datastore
 
 SHAPE = "query=12,tokens=24"
 RETRIEVERS = ("bm25", "tfidf", "dense", "hybrid", "fixed", "union")
 FUSIONS = ("none", f"prepend:k=1,{SHAPE}", f"prepend:k=2,{SHAPE}", f"ensemble:k=3,weights=prior,temperature=3,{SHAPE}",
            f"ensemble:k=3,weights=posterior,temperature=3,{SHAPE}")
 SCHEDULES = ("once:6", "every:4", "every:1", "adaptive:theta=0.5,rest=3", "never")
-WORDS = ("the granite reef lighthouse Maria Holt mitochondria cell passage question snow mountain tower candle sailors in 1873 , . é "
-         "zzz").split()
+WORDS = ("the granite reef lighthouse Maria Holt mitochondria cell passage question snow mountain tower candle sailors in "
+         "1873 , . é zzz").split()
 texts = st.lists(st.sampled_from(WORDS), min_size=12, max_size=22).map(" ".join)
 prompts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=30).map(" ".join)
 quiet = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
