@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from ralm.errors import need
 from ralm.what.stream import BLOCK, CAP, RATIO, Reason, decode
 
+SIGNS = {"tab": "\t", "br": "\n", "cr": "\n", "noBreakHyphen": "-"}  # elements of a DOCX that stand for a character
+UNSAID = {"Fallback", "pPr", "rPr", "tblPr", "trPr", "tcPr", "sectPr", "sdtPr", "del", "moveFrom"}
+
 
 @dataclass(frozen=True, slots=True)
 class Page:
@@ -51,13 +54,16 @@ def pdf(file: str | bytes) -> Page:
             raise Reason("is protected by a password: save it without one") from e
         raise Reason(f"is not a PDF that can be read ({str(e) or type(e).__name__})") from e
     try:
-        pages, broken = [], 0
+        pages, broken, size = [], 0, 0
         for number in range(len(document)):
             try:
                 pages.append(_page(document, number))
             except Exception:  # one damaged page among good ones
                 pages.append("")
                 broken += 1
+            size += len(pages[-1])
+            if size > CAP:  # a small file can show one page a million times
+                raise Reason(f"is one text of more than {CAP >> 20} million characters: cut it into several files")
         about = document.get_metadata_dict(skip_empty=True)
     finally:
         document.close()
@@ -97,7 +103,7 @@ def docx(data: bytes) -> Page:
     _check_zip(data)
     try:
         document = library.Document(io.BytesIO(data))
-        text = "\n".join(_docx_lines(document, 0))
+        text = "\n".join(_docx_lines(document.element.body))
         about = document.core_properties
         title, changed = about.title or "", about.modified
     except Exception as e:  # python-docx meets missing parts, broken XML, other kinds of zip with as many kinds of error
@@ -107,14 +113,40 @@ def docx(data: bytes) -> Page:
     return Page(text, title.strip(), changed.date().isoformat() if changed else "")
 
 
-def _docx_lines(part, level: int) -> Iterator[str]:
-    for block in part.iter_inner_content():
-        if hasattr(block, "rows"):
-            for row in block.rows:
-                cells = {id(c._tc): c for c in row.cells}.values()  # a merged cell comes once for each column it spans
-                yield "\t".join(" ".join(_docx_lines(c, level + 1)) if level < 20 else c.text for c in cells)
-        else:
-            yield block.text
+def _docx_lines(element) -> Iterator[str]:
+    """Paragraphs and table rows below an element of WordprocessingML. On the XML itself, since python-docx passes over content
+    controls, tracked insertions and text boxes, and gives a merged cell once for each column it spans."""
+    for child in element:
+        name = _name(child)
+        if name == "p":
+            yield _said(child)
+        elif name == "tr":
+            yield "\t".join(" ".join(_docx_lines(cell)) for cell in child.iter(child.tag[:-2] + "tc") if _row_of(cell) is child)
+        elif name not in UNSAID:
+            yield from _docx_lines(child)
+
+
+def _row_of(cell):
+    """The row that a table cell is in, past any content control around it."""
+    return next(a for a in cell.iterancestors() if _name(a) == "tr")
+
+
+def _said(element) -> str:
+    """The text of a paragraph. What was deleted is not in it (w:delText), nor the second form of a text box (mc:Fallback)."""
+    parts = []
+    for child in element:
+        name = _name(child)
+        if name == "t":
+            parts.append(child.text or "")
+        elif name in SIGNS:
+            parts.append(SIGNS[name])
+        elif name not in UNSAID:
+            parts.append(f"\n{_said(child)}" if name == "p" else _said(child))
+    return "".join(parts)
+
+
+def _name(element) -> str:
+    return element.tag.rpartition("}")[2] if isinstance(element.tag, str) else ""
 
 
 def _check_zip(data: bytes) -> None:

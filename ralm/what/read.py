@@ -9,7 +9,9 @@ files, and under which ids: walk.py. Row files are never held in memory; a file 
 from __future__ import annotations
 
 import gzip
+import lzma
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -27,7 +29,7 @@ from ralm.what.stream import CAP, RATIO, Metered, Reason, clean, unpacked, whole
 from ralm.what.walk import File, find, kind_of
 
 NOTES = 20  # files that are named one by one; of the rest only the number
-FAULTS = (Reason, OSError, EOFError, zlib.error, zstandard.ZstdError, zipfile.BadZipFile, UnicodeError, MemoryError)
+FAULTS = (Reason, OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, zipfile.BadZipFile, UnicodeError, MemoryError)
 
 
 def read(*paths: str | os.PathLike, strict: bool = False, skipped: list | None = None) -> Iterator[Document]:
@@ -53,6 +55,7 @@ class Faults:
     remarked: int = 0
 
     def skip(self, path: str, reason: str) -> None:
+        reason = " ".join(reason.split())  # messages of other libraries may have several lines
         if self.strict:
             raise ReadError(f"{path}: {reason}")
         self.skipped.append((path, reason))
@@ -67,11 +70,11 @@ class Faults:
             reason = "other reasons"
         self.rows.setdefault(reason, [0, number])[0] += 1
 
-    def end_file(self, path: str) -> None:
+    def end_file(self, path: str, unit: str) -> None:
         """One line for each reason why rows of this file were left out."""
         rows, self.rows = self.rows, {}
         for reason, (times, first) in rows.items():
-            self.skip(path, f"line {first} {reason}" if times == 1 else f"{times:,} rows: {reason} (first: line {first})")
+            self.skip(path, f"{unit} {first} {reason}" if times == 1 else f"{times:,} rows: {reason} (first: {unit} {first})")
 
     def remark(self, path: str, text: str) -> None:
         """Something to know about a file that was read."""
@@ -118,22 +121,22 @@ def _opened(path: str, meter: Meter) -> Metered:
 
 def _file(file: File, opened: Callable[[], Metered], meter: Meter, faults: Faults) -> Iterator[Document]:
     """The documents of one file; what is wrong with it goes to `faults`."""
-    given, whys = 0, ""
+    given, why, told = 0, "", faults.told
     try:
         for document in _parts(file, opened, meter, faults):
             given += 1
             yield document
-        if not given and not faults.rows and file.kind in records.FORMATS:
-            whys = "is empty"
+        if not given and not faults.rows and faults.told == told:
+            why = "holds no file of a kind that is read" if file.kind == "zip" else "is empty"
     except MissingDependency as e:
         if file.named:
             raise
-        whys = str(e)
+        why = str(e)
     except FAULTS as e:
-        whys = _why(e) + (f"; the {given:,} documents before that are kept" if given else "")
-    faults.end_file(file.source)
-    if whys:
-        faults.skip(file.source, whys)
+        why = _why(e) + (f"; the {given:,} documents before that are kept" if given else "")
+    faults.end_file(file.source, "line" if file.kind in ("jsonl", "csv", "tsv") else "row")
+    if why:
+        faults.skip(file.source, why)
 
 
 def _why(error: BaseException) -> str:
@@ -141,7 +144,7 @@ def _why(error: BaseException) -> str:
         return str(error)
     if isinstance(error, EOFError):
         return "is truncated: its compressed data ends too early"
-    if isinstance(error, gzip.BadGzipFile | zlib.error | zstandard.ZstdError):
+    if isinstance(error, gzip.BadGzipFile | zlib.error | lzma.LZMAError | zstandard.ZstdError):
         return f"holds damaged compressed data ({error})"
     if isinstance(error, zipfile.BadZipFile):
         return f"is not a zip file that can be read ({error})"
@@ -197,7 +200,11 @@ def _document(file: File, page: formats.Page, faults: Faults) -> Document:
 
 def _zip(file: File, meter: Meter, faults: Faults) -> Iterator[Document]:
     """The documents of an archive's members, unpacked in memory: no name in it ever becomes a path on the disk."""
-    with zipfile.ZipFile(file.path) as archive:
+    try:
+        archive = zipfile.ZipFile(file.path)
+    except Exception as e:  # a damaged directory makes zipfile raise struct.error, ValueError, NotImplementedError and more
+        raise Reason(f"is not a zip file that can be read ({e})") from e
+    with archive:
         left = max(CAP, RATIO * file.size)  # bytes that all members together may give
         for name, member in members(archive, file.source, faults.skip, faults.remark):
             kind, packing = kind_of(name)
@@ -213,6 +220,6 @@ def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, count: Callable[[
             streams: list[Metered]) -> Metered:
     try:
         streams.append(Metered(archive.open(member), count, left))
-    except (RuntimeError, NotImplementedError) as e:  # encrypted, or packed in a way that zipfile does not know
+    except (RuntimeError, NotImplementedError, ValueError, struct.error) as e:  # encrypted, or an unknown packing
         raise Reason(f"cannot be unpacked ({e})") from e
     return streams[-1]

@@ -200,11 +200,14 @@ def _unbroken(stream: io.BufferedReader, remark: Remark, place: list[int]) -> It
 
 def _header(line: str) -> tuple[list[str], str]:
     """(names of the columns, separator). Raises Reason where no column can be the text."""
-    for separator in ",\t;|":
-        names = _names(next(csv.reader([line], delimiter=separator), []))
-        if set(names) & set(NAMES["text"]):
-            return names, separator
-    columns = ", ".join(_names(next(csv.reader([line]), []))[:12])[:200]
+    try:
+        for separator in ",\t;|":
+            names = _names(next(csv.reader([line], delimiter=separator), []))
+            if set(names) & set(NAMES["text"]):
+                return names, separator
+        columns = ", ".join(_names(next(csv.reader([line]), []))[:12])[:200]
+    except csv.Error as e:
+        raise Reason(f"has a first line that names no columns ({e})") from e
     raise Reason(f"{NO_TEXT} among its columns ({columns}): rename the one that holds the text" if columns else "is empty")
 
 

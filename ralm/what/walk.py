@@ -7,6 +7,7 @@ all get as many of their last path components in front as it takes to tell them 
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -65,8 +66,13 @@ def known() -> str:
 
 
 def printable(path: str) -> str:
-    """A file name as text: bytes that are not UTF-8 become \\xNN, so that two names never become one."""
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """A file name as text of one line: undecodable bytes and control characters are written out, so two names never become one."""
+    return re.sub("[\ud800-\udfff\0-\x1f\x7f]", _written_out, path)
+
+
+def _written_out(match: re.Match) -> str:
+    code = ord(match[0])
+    return f"\\x{code - 0xdc00:02x}" if 0xdc80 <= code <= 0xdcff else match[0].encode("unicode_escape").decode("ascii")
 
 
 def beir(names: Sequence[str]) -> set[str]:

@@ -35,7 +35,7 @@ def jsonl(path, *rows):
     return write(path, "".join(json.dumps(r) + "\n" for r in rows))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(rows=st.lists(st.tuples(ROW, METADATA), min_size=1, max_size=4), ascii=st.booleans(),
        nested=st.sampled_from(["", "meta", "metadata"]))
 def test_json_rows_round_trip(tmp_path_factory, rows, ascii, nested):
@@ -51,7 +51,7 @@ def test_json_rows_round_trip(tmp_path_factory, rows, ascii, nested):
             assert (json.loads(d.metadata[key]) if isinstance(value, dict | list) else d.metadata[key]) == value
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(value=VALUE)
 def test_any_json_value_is_a_document_or_a_counted_row(tmp_path_factory, value):
     skipped = []
