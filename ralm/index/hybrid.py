@@ -69,10 +69,11 @@ class Hybrid:
 
     def _reranked(self, queries: Sequence[str], hits: Hits, k: int) -> Hits:
         out = Hits.empty(len(queries), k)
-        for q, query in enumerate(queries):
-            ids = hits.ids[q][hits.ids[q] >= 0]
-            if len(ids):
-                _fill(out, q, ids, self.reranker.scores(query, ids, self.store))
+        found = {q: ids[ids >= 0] for q, ids in enumerate(hits.ids) if (ids >= 0).any()}
+        if found:
+            scores = self.reranker.scores([queries[q] for q in found], list(found.values()), self.store)
+            for (q, ids), s in zip(found.items(), scores):
+                _fill(out, q, ids, s)
         return out
 
 

@@ -16,17 +16,18 @@ import numpy as np
 
 from ralm.errors import UsageError, need
 from ralm.index.encode import Encoder, encoder, model_folder
+from ralm.index.sparse import leaves
 from ralm.index.vectors import passages
 
 REMEMBER = 100_000  # vectors of chunks
 
 
 class Reranker(Protocol):
-    """Scores of (query, chunk) pairs: float32 [n] for n candidates, higher is better."""
+    """Scores of (query, chunk) pairs: for each query one float32 [n] for its n candidates, higher is better."""
 
     name: str
 
-    def scores(self, query: str, ids: np.ndarray, store) -> np.ndarray: ...
+    def scores(self, queries: Sequence[str], ids: Sequence[np.ndarray], store) -> list[np.ndarray]: ...
 
 
 def reranker(spec: str) -> Reranker:
@@ -36,7 +37,8 @@ def reranker(spec: str) -> Reranker:
         if not name:
             raise UsageError("rerank=cross names no model: write cross:NAME, the folder or hub name of a CrossEncoder")
         return Cross(spec, name)
-    return Bi(encoder(spec))
+    model = encoder(spec)
+    return _bi.setdefault(model.fingerprint, Bi(model))
 
 
 class Bi:
@@ -47,27 +49,37 @@ class Bi:
         self._known: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
         self._guard = threading.Lock()
 
-    def scores(self, query: str, ids: np.ndarray, store) -> np.ndarray:
-        x_KD = self._vectors(ids, store)
-        q_D = self.model.encode([query], role="query")[0]
-        return (x_KD.astype(np.float64) * q_D).sum(1).astype(np.float32)
+    def scores(self, queries: Sequence[str], ids: Sequence[np.ndarray], store) -> list[np.ndarray]:
+        q_QD = self.model.encode(list(queries), role="query").astype(np.float64)
+        places = [(offset, part) for part, offset in leaves(store)]
+        known = self._vectors(np.unique(np.concatenate(ids)), places, store)
+        return [(np.stack([known[i] for i in row.tolist()]) * q).sum(1).astype(np.float32) for q, row in zip(q_QD, ids)]
 
-    def _vectors(self, ids: np.ndarray, store) -> np.ndarray:
-        keys = [(store.id, int(i)) for i in ids]
+    def _vectors(self, ids: np.ndarray, places: list, store) -> dict[int, np.ndarray]:
+        """{chunk id: vector}, those not remembered encoded in one go. Remembered by the datastore's id and the id in it."""
+        keys = {int(i): _key(int(i), places) for i in ids}
         with self._guard:
-            known = {key: self._known[key] for key in keys if key in self._known}
-        missing = [key for key in keys if key not in known]
+            out = {i: self._known[key] for i, key in keys.items() if key in self._known}
+        missing = [i for i in keys if i not in out]
         if missing:
-            chunks = store.chunks([i for _, i in missing])
+            chunks = store.chunks(missing)
             made = self.model.encode(passages([c.title for c in chunks], [c.text for c in chunks], True))
-            known |= zip(missing, made)
+            out |= zip(missing, made)
         with self._guard:
-            for key in keys:
-                self._known[key] = known[key]
+            for i, key in keys.items():
+                self._known[key] = out[i]
                 self._known.move_to_end(key)
             while len(self._known) > REMEMBER:
                 self._known.popitem(last=False)
-        return np.stack([known[key] for key in keys])
+        return out
+
+
+_bi: dict[str, Bi] = {}  # one for each encoder and process: they remember
+
+
+def _key(id: int, places: list) -> tuple[str, int]:
+    offset, part = max((p for p in places if p[0] <= id), key=lambda p: p[0])
+    return part.id, id - offset
 
 
 class Cross:
@@ -86,9 +98,11 @@ class Cross:
         if self.model.num_labels != 1:
             raise UsageError(f"'{name}' gives {self.model.num_labels} scores for a pair, a re-ranker gives one; use another model")
 
-    def scores(self, query: str, ids: np.ndarray, store) -> np.ndarray:
-        chunks = store.chunks(ids.tolist())
-        texts: Sequence[str] = passages([c.title for c in chunks], [c.text for c in chunks], True)
+    def scores(self, queries: Sequence[str], ids: Sequence[np.ndarray], store) -> list[np.ndarray]:
+        wanted = np.unique(np.concatenate(ids))
+        chunks = store.chunks(wanted.tolist())
+        texts = dict(zip(wanted.tolist(), passages([c.title for c in chunks], [c.text for c in chunks], True)))
+        pairs = [(query, texts[i]) for query, row in zip(queries, ids) for i in row.tolist()]
         with self._guard:
-            found = self.model.predict([(query, t) for t in texts], show_progress_bar=False, convert_to_numpy=True)
-        return np.asarray(found, np.float32).reshape(-1)
+            found = np.asarray(self.model.predict(pairs, show_progress_bar=False, convert_to_numpy=True), np.float32).reshape(-1)
+        return np.split(found, np.cumsum([len(row) for row in ids])[:-1])
