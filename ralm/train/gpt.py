@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 import tomllib
@@ -70,9 +71,10 @@ class Run:
         self.dtype = getattr(torch, t["dtype"])
         named = dict(self.model.named_parameters())
         matrices = {n: p for n, p in named.items() if p.ndim == 2 and n != "embed.weight"}
-        self.muon = Muon(matrices.values(), t["lr"], t["momentum"], t["weight_decay"])
+        self.muon = Muon(matrices.values(), t["lr"], t["momentum"], t["weight_decay"], self.pool)
         self.adam = torch.optim.AdamW([{"params": [p for n, p in named.items() if n not in matrices]}], t["adam_lr"],
                                       betas=(0.9, 0.95), weight_decay=0.0, foreach=True)
+        self.stop = False  # set from outside: save after this step and return
         self.state = State(dealt=[0] * len(self.rows.streams))
         if (folder / "state.safetensors").is_file():
             self._resume()
@@ -155,7 +157,7 @@ class Run:
         began = time.monotonic() - self.state.seconds
         said = saved = self.state.seconds
         evaluated = self.state.log[-1]["seconds"] if self.state.log else t["first_minutes"] * 60 - t["evaluate_minutes"] * 60
-        while self.done() < 1 and (until is None or self.state.steps < until):
+        while self.done() < 1 and not self.stop and (until is None or self.state.steps < until):
             losses.append(self.step())
             now = self.state.seconds = time.monotonic() - began
             if now - said > 30:
@@ -171,6 +173,8 @@ class Run:
                 self.save()
         self.save()
         if self.done() >= 1:
+            self.check(t["sample"])  # the finished weights are there before the long count begins
+            torch.set_num_threads(t["threads"])
             self.check(None)
 
     def step(self) -> float:
@@ -236,6 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     progress.use(_Lines())
     root = Path(os.environ.get("RALM_DATA", "../shared/data"))
     run = Run(recipe, root, Path(os.environ.get("RALM_RUNS", recipe["train"]["state"])))
+    signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
     progress.note(f"start at step {run.state.steps}, {run.state.seconds / 60:.1f} min; "
                   + ", ".join(f"{s.name} {len(s.ids) / 1e6:.2f}M tokens" for s in run.rows.streams))
     run.fit()

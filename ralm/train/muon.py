@@ -6,6 +6,7 @@ For hidden matrices only; embeddings and norms stay with AdamW."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from concurrent.futures import Executor
 
 import torch
 from torch import Tensor
@@ -26,21 +27,27 @@ def orthogonal(g_NRC: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised; the step is scaled by sqrt(max(1, rows / columns)). Decay is decoupled."""
+    """Nesterov momentum, orthogonalised; the step is scaled by sqrt(max(1, rows / columns)). Decay is decoupled.
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    pool: where matrices of different shapes are worked on at the same time."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
+                 pool: Executor | None = None):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.pool = pool
 
-    @torch.no_grad()
     def step(self, closure=None) -> None:
+        jobs = []
         for group in self.param_groups:
             shapes: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for (rows, columns), same in shapes.items():  # equal shapes are one batched product
-                self._step(group, same, max(1.0, rows / columns) ** 0.5)
+                jobs.append((group, same, max(1.0, rows / columns) ** 0.5))
+        list((self.pool.map if self.pool else map)(lambda job: self._step(*job), jobs))
 
+    @torch.no_grad()
     def _step(self, group: dict, params: list[Tensor], scale: float) -> None:
         buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
         grads = [p.grad for p in params]
