@@ -154,6 +154,6 @@ def test_killed_at_many_times(full, tmp_path, action):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", range(1, 12))
+@pytest.mark.parametrize("step", range(1, 11))
 def test_purge_killed_at_every_step(full, tmp_path, step):
     killed_compact(full, tmp_path, True, None, step)

@@ -91,3 +91,15 @@ def test_remove_is_all_or_nothing(store):
     assert removed.documents == 2 and sorted(d.id for d in store.documents()) == ["d0", "d2", "d3", "d4"]
     assert len(reader) == 6 and reader.alive.all()
     assert len(reader.refresh()) == 4
+
+
+def test_ids_whose_hashes_collide_are_told_apart(tmp_path, monkeypatch):
+    """The look-up key is 8 bytes of a hash; here it is the same for all."""
+    for module in ("ralm.what.view", "ralm.what.write"):
+        monkeypatch.setattr(f"{module}.key_of", lambda id: 7)
+    store = Datastore.build(tmp_path / "kb.ralm", corpus(), split="words:5")
+    added = store.add([Document("new", "text"), corpus()[4], Document("d2", "other")])
+    assert (added.documents, added.updated, added.unchanged) == (1, 1, 1)
+    assert store.document("d4") == corpus()[4] and not store.has("nobody")
+    assert set(store.document_ids(np.flatnonzero(store.allow(exclude=["nobody", "d4"])))) == {"d0", "d1", "d2", "d3", "d5", "new"}
+    assert store.remove(["d3"]).documents == 1 and [d.id for d in store.documents()] == ["d0", "d1", "d4", "d5", "new", "d2"]
