@@ -25,7 +25,7 @@ from torch import Tensor
 from ralm import progress
 from ralm.errors import UsageError
 from ralm.lm.gpt import BPE, GPT, Decoder, GPTConfig, save
-from ralm.train.gpt_card import card
+from ralm.train.gpt_card import card, machine
 from ralm.train.gpt_data import Rows, Stream, documents, spaced
 from ralm.train.gpt_eval import bits_per_byte
 from ralm.train.muon import Muon
@@ -220,7 +220,8 @@ class Run:
         out = Path(self.train["out"])
         minutes = round(self.state.seconds / 60, 1)
         trained = {"steps": self.state.steps, "tokens": self.state.tokens, "minutes": minutes, "parameters": lm.parameters,
-                   "finished": self.done() >= 1, "rows": dict(zip([s.name for s in self.rows.streams], self.state.dealt)),
+                   "finished": self.done() >= 1, "machine": machine(),
+                   "rows": dict(zip([s.name for s in self.rows.streams], self.state.dealt)),
                    "scored": scored, "recipe": {k: self.recipe[k] for k in ("data", "train")}, "log": self.state.log}
         save(out, lm.model, self.bpe, replace(self.config, trained=trained))
         (out / "README.md").write_text(card(self.config, trained))

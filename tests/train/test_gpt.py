@@ -14,7 +14,7 @@ zstandard = pytest.importorskip("zstandard")
 from ralm.errors import UsageError  # noqa: E402
 from ralm.lm.gpt import Decoder, GPTConfig, load  # noqa: E402
 from ralm.model import RALM  # noqa: E402
-from ralm.train import gpt, gpt_eval  # noqa: E402
+from ralm.train import gpt, gpt_card, gpt_eval  # noqa: E402
 from ralm.train.gpt import Run, rate  # noqa: E402
 from ralm.train.gpt_data import Rows, Stream, documents, spaced  # noqa: E402
 from ralm.train.muon import Muon, orthogonal  # noqa: E402
@@ -172,6 +172,8 @@ def test_it_learns_and_leaves_a_checkpoint(recipe, tmp_path):
     assert trained["steps"] == 40 and trained["finished"] and trained["tokens"] == 40 * 8 * 32
     assert trained["parameters"] == lm.parameters
     said = (tmp_path / "out" / "README.md").read_text()
+    gpt_card.main([str(tmp_path / "out")])
+    assert (tmp_path / "out" / "README.md").read_text() == said and load(tmp_path / "out").config == lm.config
     assert f"**{trained['scored']['bits_per_byte']:.4f} bits per byte**" in said and "still runs" not in said
 
 
@@ -212,6 +214,6 @@ def test_the_recipe_in_the_checkout_makes_the_promised_size():
 
 
 def test_usage_is_one_line():
-    for main in (gpt_eval.main, gpt.main):
+    for main in (gpt_eval.main, gpt.main, gpt_card.main):
         with pytest.raises(UsageError, match="usage: python -m ralm"):
             main([])
