@@ -13,7 +13,7 @@ from ralm.what.walk import LEFT_OUT, beir, ending, kind_of, printable
 def members(archive: zipfile.ZipFile, source: str, skip: Callable[[str, str], None],
             remark: Callable[[str, str], None]) -> list[tuple[str, zipfile.ZipInfo]]:
     """(name, member) of what is read, sorted; of several members of one name the last, as unzip would leave it."""
-    inside = {m.filename: m for m in archive.infolist() if not m.is_dir()}
+    inside = {m.filename: m for m in archive.infolist() if m.filename and not m.filename.endswith("/")}
     folders: dict[str, set[str]] = {}  # folder -> names of the files and folders directly in it
     for name in inside:
         while name:

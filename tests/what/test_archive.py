@@ -55,3 +55,11 @@ def test_zip_bombs_and_damaged_zips(tmp_path, monkeypatch):
     assert "Bad CRC-32" in skipped[0][1]
     skipped.clear()
     assert list(read(put(tmp_path / "d.zip", good[:-40]), skipped=skipped)) == [] and "is not a zip file" in skipped[0][1]
+
+
+def test_members_without_a_name(tmp_path):
+    data = zipped(tmp_path / "a.zip", {"x": "text", "b.txt": "fine"}).read_bytes()
+    path = tmp_path / "b.zip"
+    at = data.index(b"PK\1\2")
+    path.write_bytes(data[:at + 46] + b"\0" + data[at + 47:])  # in the directory, where names end at a NUL
+    assert [d.id for d in read(path)] == ["b.zip/b.txt"]
