@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 HELD_OUT = 40  # every 40th document is kept out of the datastore, for perplexity
 SCORED = 24  # of them, as many are scored as the minutes allow
-RETRIEVER = "hybrid:rerank=minilm,depth=30"
+RETRIEVER = "hybrid"
 HOW, WHEN = "prepend:k=1,tokens=200", "every:16"
 
 # (question, the answers that count): written from the documentation
@@ -139,8 +139,8 @@ def agrees(answer: Answer, golds: Sequence[str]) -> bool:
 
 def shown(question: str, answer: Answer) -> dict[str, Any]:
     return {"question": question, "answer": answer.answer, "abstained": answer.abstained,
-            "citations": [cited(c) for c in answer.citations[:1]], "evidence": [cited(c) for c in answer.evidence[:1]],
-            "seconds": answer.seconds}
+            "citations": [cited(c) for c in answer.citations[:1]], "evidence": [cited(c) for c in answer.evidence],
+            "lm": "bundled:reader", "retriever": RETRIEVER, "seconds": answer.seconds}
 
 
 def told(script: Script, row: dict[str, Any], remark: str = "") -> None:

@@ -42,7 +42,8 @@ class ReaderConfig:
     max_span: int = 20
     bilinear: int = 64
     retriever_weight: float = 1.0  # of the retriever's log-prior beside the relevance logit, fitted on held-out data
-    abstain_above: float = 0.0  # abstain where ln p_null - ln p_best is above; fitted on held-out articles
+    abstain_above: float = 0.0  # abstain where ln p_null - ln p_best is above; fitted on held-out articles, passage given
+    abstain_above_retrieved: float = 0.0  # the same for retrieved passages, most of which are about something else
     trained: dict = field(default_factory=dict)  # provenance: steps, data, seconds, held-out figures
 
 
@@ -296,7 +297,8 @@ class Reader:
         first = (normalised(spans[0].text) or spans[0].text) if spans else None
         support = [Span(*row, answer_logp=total[key]) for (key, _), row in places.items()
                    if key == first and row[4] > total[key] + math.log(SUPPORT)]
-        return Reading(spans[:k], p_null, margin > self.config.abstain_above, prior_K, margin, support)
+        above = self.config.abstain_above if logp is None else self.config.abstain_above_retrieved
+        return Reading(spans[:k], p_null, margin > above, prior_K, margin, support)
 
 
 def _one_passage(parts: Iterable, keep: int) -> _Read:

@@ -22,7 +22,7 @@ from ralm import progress
 from ralm.errors import UsageError
 from ralm.lm.reader import Cutter, Reader, ReaderConfig, ReaderModel, _sha256, base_folder, collate
 from ralm.train.reader_data import Clozes, Example, Squad, bm25_top, read_squad
-from ralm.train.reader_eval import evaluate, fit_retriever_weight, fit_threshold
+from ralm.train.reader_eval import evaluate, fit_retrieved_threshold, fit_retriever_weight, fit_threshold
 
 
 def span_loss(spans_BTT: torch.Tensor, null_B: torch.Tensor,
@@ -229,15 +229,16 @@ class Run:
 
         yes, no = self.held
         every = read_squad(self.root / self.recipe["data"]["answerable"])
-        fitted = replace(self.config, abstain_above=fit_threshold(reader, no, sample=360),
-                         retriever_weight=fit_retriever_weight(reader, yes, every, bm25_top, sample=100),
+        reader.config = replace(self.config, retriever_weight=fit_retriever_weight(reader, yes, every, bm25_top, sample=100))
+        fitted = replace(reader.config, abstain_above=fit_threshold(reader, no, sample=360),
+                         abstain_above_retrieved=fit_retrieved_threshold(reader, yes, every, bm25_top),
                          trained={"held_out": self.recipe["data"]["held_out"], "log": self.state.log})
         out = Path(self.train["out"])
         out.mkdir(parents=True, exist_ok=True)
         save_file({n: p.half().contiguous() for n, p in self.ema.items()}, out / "reader.safetensors")
         (out / "config.json").write_text(json.dumps(asdict(fitted), indent=1) + "\n")
-        progress.note(f"exported {out}: abstain above {fitted.abstain_above:.2f}, "
-                      f"retriever weight {fitted.retriever_weight:g}")
+        progress.note(f"exported {out}: abstain above {fitted.abstain_above:.2f} (passage given), "
+                      f"{fitted.abstain_above_retrieved:.2f} (retrieved), retriever weight {fitted.retriever_weight:g}")
 
 
 class _Lines(progress.Silent):

@@ -43,12 +43,33 @@ def evaluate(reader: Reader, data: Paragraphs, sample: int | None = None) -> dic
 
 
 def fit_threshold(reader: Reader, data: Paragraphs, sample: int | None = None) -> float:
-    """The margin ln p_null - ln p_best above which abstaining gives the best F1 on `data` (SQuAD 2.0)."""
+    """The margin ln p_null - ln p_best above which abstaining gives the best F1 on `data` (SQuAD 2.0), each paragraph given."""
     asked = pick(data.questions, sample)
     readings = reader.read_many([(q.text, [data.texts[q.paragraph]]) for q in asked])
-    margins = np.array([r.margin for r in readings])
-    answer = np.array([f1_squad(best_text(r), q.answers) for r, q in zip(readings, asked)])
-    silent = np.array([f1_squad("", q.answers) for q in asked])
+    return best_threshold(np.array([r.margin for r in readings]),
+                          np.array([f1_squad(best_text(r), q.answers) for r, q in zip(readings, asked)]),
+                          np.array([f1_squad("", q.answers) for q in asked]))
+
+
+def fit_retrieved_threshold(reader: Reader, held: Paragraphs, every: Paragraphs, search: Callable, sample: int = 100,
+                            k: int = 10) -> float:
+    """The same for passages that were retrieved: each held-out question once among all paragraphs of `every`, where it has an
+    answer, and once among those of other articles, where it has none. F1 over both halves."""
+    asked = pick(held.questions, sample)
+    margins, answer, silent = [], [], []
+    for there in (True, False):
+        rows = [n for n, title in enumerate(every.titles) if there or title not in set(held.titles)]
+        texts, titles = [every.texts[n] for n in rows], [every.titles[n] for n in rows]
+        ids, scores = search(texts, [q.text for q in asked], k)
+        _, readings = open_domain(reader, asked, texts, ids, log_softmax(scores), titles)
+        margins += [r.margin for r in readings]
+        answer += [f1_squad(best_text(r), q.answers) * there for r, q in zip(readings, asked)]
+        silent += [float(not there)] * len(asked)
+    return best_threshold(np.array(margins), np.array(answer), np.array(silent))
+
+
+def best_threshold(margins: np.ndarray, answer: np.ndarray, silent: np.ndarray) -> float:
+    """The threshold t with the best mean of (answer where margin <= t, silent elsewhere): a middle between two margins."""
     order = np.argsort(margins)
     # after sorting: answer the first n, abstain on the rest
     scores = np.concatenate([[0], answer[order].cumsum()]) + np.concatenate([silent[order][::-1].cumsum()[::-1], [0]])
