@@ -246,47 +246,61 @@ def accumulators() -> np.ndarray:
 
 
 @compiled
-def _worse(score_a, id_a, score_b, id_b):
-    return score_a < score_b or (score_a == score_b and id_a > id_b)
+def _split(scores, ids, low, high):
+    """Partition [low, high] around its middle element, better ones (greater score, then smaller id) first: the (i, j) of Hoare."""
+    middle = (low + high) >> 1
+    score, id, i, j = scores[middle], ids[middle], low, high
+    while i <= j:
+        while scores[i] > score or (scores[i] == score and ids[i] < id):
+            i += 1
+        while scores[j] < score or (scores[j] == score and ids[j] > id):
+            j -= 1
+        if i <= j:
+            scores[i], scores[j] = scores[j], scores[i]
+            ids[i], ids[j] = ids[j], ids[i]
+            i += 1
+            j -= 1
+    return i, j
 
 
 @compiled
-def _push(scores, ids, n, score, id):
-    """Keep the best len(scores) of what is pushed, in a heap with the worst at 0; n is how many it holds. Returns the new n."""
-    if n < len(scores):
-        i = n
-        n += 1
-        while i > 0:
-            up = (i - 1) >> 1
-            if not _worse(score, id, scores[up], ids[up]):
-                break
-            scores[i], ids[i] = scores[up], ids[up]
-            i = up
-        scores[i], ids[i] = score, id
-        return n
-    if not _worse(scores[0], ids[0], score, id):
-        return n
-    i = 0
-    while True:
-        child = 2 * i + 1
-        if child >= n:
+def _select(scores, ids, n, k):
+    """Move the k best of n to the front, the k-th best to place k - 1."""
+    low, high = 0, n - 1
+    while low < high:
+        i, j = _split(scores, ids, low, high)
+        if k - 1 <= j:
+            high = j
+        elif k - 1 >= i:
+            low = i
+        else:
             break
-        if child + 1 < n and _worse(scores[child + 1], ids[child + 1], scores[child], ids[child]):
-            child += 1
-        if not _worse(scores[child], ids[child], score, id):
-            break
-        scores[i], ids[i] = scores[child], ids[child]
-        i = child
-    scores[i], ids[i] = score, id
-    return n
 
 
 @compiled
-def _gather(bits, total, size, base, first, allow, row_ids, scores, ids, n):
-    """Push the touched and allowed rows of a window and leave every accumulator untouched again.
+def _sort(scores, ids, n):
+    """Order the first n: scores descending, ties by ascending id."""
+    lows, highs, depth = np.empty(64, np.int64), np.empty(64, np.int64), 1
+    lows[0], highs[0] = 0, n - 1
+    while depth:
+        depth -= 1
+        low, high = lows[depth], highs[depth]
+        while low < high:
+            i, j = _split(scores, ids, low, high)
+            if j - low < high - i:  # the longer side waits, so 64 places are enough
+                lows[depth], highs[depth], high = i, high, j
+            else:
+                lows[depth], highs[depth], low = low, j, i
+            depth += 1
 
-    What is pushed is the accumulator + base as float32, so ties are the ties of the result. The last place of `bits` is scratch."""
-    k, scratch = len(scores), len(bits) - 1
+
+@compiled
+def _gather(bits, total, size, base, floor, first, allow, row_ids, scores, ids, n):
+    """Append the touched and allowed rows of a window that reach the floor, and leave every accumulator untouched again.
+
+    Where the 2k places are full the k best stay and the worst of them is the new floor. What is stored is the accumulator + base
+    as float32, so ties are the ties of the result. The last place of `bits` is scratch. Returns (held, floor)."""
+    k, scratch = len(scores) >> 1, len(bits) - 1
     for at in range(0, size, BLOCK):
         best = UNTOUCHED
         for i in range(at, at + BLOCK):
@@ -294,25 +308,27 @@ def _gather(bits, total, size, base, first, allow, row_ids, scores, ids, n):
         if best < 0:
             continue
         bits[scratch] = best
-        if n < k or total[scratch] + base >= scores[0]:
+        if total[scratch] + base >= floor:
             for i in range(at, min(at + BLOCK, size)):
-                if bits[i] >= 0 and allow[first + i]:
-                    score = total[i] + base
-                    if n < k or score >= scores[0]:
-                        n = _push(scores, ids, n, score, row_ids[first + i])
+                if bits[i] >= 0 and total[i] + base >= floor and allow[first + i]:
+                    scores[n], ids[n] = total[i] + base, row_ids[first + i]
+                    n += 1
+                    if n == len(scores):
+                        _select(scores, ids, n, k)
+                        n, floor = k, scores[k - 1]
         for i in range(at, at + BLOCK):
             bits[i] = UNTOUCHED
-    return n
+    return n, floor
 
 
 @compiled
-def search(query_ptr, terms, weights, base, indptr, rows, impacts, allow, row_ids, bits, scores, ids, held):
+def search(query_ptr, terms, weights, base, indptr, rows, impacts, allow, row_ids, bits, scores, ids, held, floor):
     """Exact top k of each query over one segment, term at a time within windows of rows.
 
     Query q has terms[query_ptr[q]:query_ptr[q+1]] (numbers in this segment, -1 where it lacks them) with their weights >= 0 and
-    base[q] >= 0, which every hit gets. scores float32 [Q, k], ids int64 [Q, k], held int64 [Q] are heaps that carry over from
-    segment to segment; `bits` is scratch from accumulators(). A score is summed in the order of the query's terms, whatever the
-    segments: appending changes no digit."""
+    base[q] >= 0, which every hit gets. scores float32 [Q, 2k] and ids int64 [Q, 2k] hold the held[q] best so far, none of them
+    below floor[q] (at first 0 and 0); they carry over from segment to segment, and `finish` ends it. `bits` is scratch from
+    accumulators(). A score is summed in the order of the query's terms, whatever the segments: appending changes no digit."""
     total = bits.view(np.float32)
     for q in range(len(query_ptr) - 1):
         a, m = query_ptr[q], query_ptr[q + 1] - query_ptr[q]
@@ -336,27 +352,18 @@ def search(query_ptr, terms, weights, base, indptr, rows, impacts, allow, row_id
                     some |= j > at[t]
                     at[t] = j
             if some:
-                held[q] = _gather(bits, total, last - first, base[q], first, allow, row_ids, scores[q], ids[q], held[q])
+                held[q], floor[q] = _gather(bits, total, last - first, base[q], floor[q], first, allow, row_ids,
+                                            scores[q], ids[q], held[q])
 
 
 @compiled
-def drain(scores, ids, held):
-    """Turn each heap of `search` into its answer, in place: scores descending, ties by ascending id, then the padding."""
+def finish(scores, ids, held, out_scores, out_ids):
+    """Write what `search` holds to its answer [Q, k], which is padded already: scores descending, ties by ascending id."""
+    k = scores.shape[1] >> 1
     for q in range(len(held)):
-        s, i, n = scores[q], ids[q], held[q]
-        while n > 1:  # the worst goes to the end; what stood there sinks from the top
-            n -= 1
-            score, id = s[n], i[n]
-            s[n], i[n] = s[0], i[0]
-            at = 0
-            while True:
-                child = 2 * at + 1
-                if child >= n:
-                    break
-                if child + 1 < n and _worse(s[child + 1], i[child + 1], s[child], i[child]):
-                    child += 1
-                if not _worse(s[child], i[child], score, id):
-                    break
-                s[at], i[at] = s[child], i[child]
-                at = child
-            s[at], i[at] = score, id
+        n = min(held[q], k)
+        if held[q] > k:
+            _select(scores[q], ids[q], held[q], k)
+        _sort(scores[q], ids[q], n)
+        for i in range(n):
+            out_scores[q, i], out_ids[q, i] = scores[q, i], ids[q, i]

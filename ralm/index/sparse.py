@@ -24,6 +24,7 @@ from ralm.index.bm25 import FORMS, TF_IDF, Form, fill_impacts
 from ralm.types import Hits
 
 AS_STORED = grow.AS_STORED
+PIECE = 128  # queries searched together
 MEMORY = 1 << 20  # distinct query terms remembered
 
 
@@ -63,24 +64,24 @@ class Sparse:
             return hits
         with self._guard:
             jobs = view.plan(queries, self)
-        scores, ids = np.full((len(queries), width), -np.inf, np.float32), np.full((len(queries), width), -1, np.int64)
-        held = np.zeros(len(queries), np.int64)
+        step = max(1, min(PIECE, -(-len(queries) // (4 * self.threads)) if self.threads > 1 else PIECE))
 
-        def run(piece: slice) -> None:
-            bits = self._scratch()
-            ptr = jobs.ptr[piece.start:piece.stop + 1]
+        def run(first: int) -> None:
+            piece = slice(first, min(first + step, len(queries)))
+            n = piece.stop - first
+            scores, ids = np.empty((n, 2 * width), np.float32), np.empty((n, 2 * width), np.int64)
+            held, floor, bits = np.zeros(n, np.int64), np.zeros(n, np.float32), self._scratch()
             for segment, rows, mask, impacts, numbers in zip(view.segments, view.ids, masks, view.impacts, jobs.numbers):
-                kernels.search(ptr, numbers, jobs.weights, jobs.base[piece], segment.indptr, segment.rows, impacts, mask, rows,
-                               bits, scores[piece], ids[piece], held[piece])
-            kernels.drain(scores[piece], ids[piece], held[piece])
+                kernels.search(jobs.ptr[first:piece.stop + 1], numbers, jobs.weights, jobs.base[piece], segment.indptr,
+                               segment.rows, impacts, mask, rows, bits, scores, ids, held, floor)
+            kernels.finish(scores, ids, held, hits.scores[piece], hits.ids[piece])
 
         if self.threads == 1:
-            run(slice(0, len(queries)))
+            for first in range(0, len(queries), step):
+                run(first)
         else:
-            step = max(1, len(queries) // (4 * self.threads))
             with ThreadPoolExecutor(self.threads) as pool:
-                list(pool.map(run, [slice(i, min(i + step, len(queries))) for i in range(0, len(queries), step)]))
-        hits.ids[:, :width], hits.scores[:, :width] = ids, scores
+                list(pool.map(run, range(0, len(queries), step)))
         return hits
 
     def _scratch(self) -> np.ndarray:

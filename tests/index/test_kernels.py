@@ -67,8 +67,8 @@ def test_search_is_a_sort(seed, rows, k, ties, base):
     rng = np.random.default_rng(seed)
     total, touched = np.zeros(2 * rows, np.float32), np.zeros(2 * rows, bool)
     weights, terms = rng.integers(0, 3, 4).astype(np.float32), np.array([0, 2, -1, 1], np.int32)
-    scores, ids = np.full((1, k), -np.inf, np.float32), np.full((1, k), -1, np.int64)
-    held, allow, bits = np.zeros(1, np.int64), rng.random(2 * rows) < 0.8, kernels.accumulators()
+    places = np.empty((1, 2 * k), np.float32), np.empty((1, 2 * k), np.int64), np.zeros(1, np.int64)
+    floor, allow, bits = np.zeros(1, np.float32), rng.random(2 * rows) < 0.8, kernels.accumulators()
     for part in range(2):
         holds = rng.random((3, rows)) < [[0.5], [0.1], [0.02]]
         impacts = rng.integers(0, 3, holds.sum()).astype(np.float32) if ties else rng.random(holds.sum(), dtype=np.float32)
@@ -81,9 +81,10 @@ def test_search_is_a_sort(seed, rows, k, ties, base):
                 touched[at] = True
         here = slice(part * rows, (part + 1) * rows)
         kernels.search(np.array([0, 4]), terms, weights, np.array([base], np.float32), indptr, found, impacts, allow[here],
-                       np.arange(2 * rows)[here], bits, scores, ids, held)
+                       np.arange(2 * rows)[here], bits, *places, floor)
         assert (bits[:-1] == kernels.UNTOUCHED).all()
-    kernels.drain(scores, ids, held)
+    scores, ids = np.full((1, k), -np.inf, np.float32), np.full((1, k), -1, np.int64)
+    kernels.finish(*places, scores, ids)
     total += np.float32(base)
     want = sorted(np.nonzero(touched & allow)[0], key=lambda i: (-total[i], i))[:k]
     assert ids[0, :len(want)].tolist() == want and (ids[0, len(want):] == -1).all()
@@ -95,10 +96,10 @@ def test_more_rows_than_a_window():
     rows = 2 * kernels.WINDOW + 70
     found, impacts = np.arange(0, rows, 3, dtype=np.int32), np.random.default_rng(0).random((rows + 2) // 3, dtype=np.float32)
     scores, ids = np.full((2, len(found)), -np.inf, np.float32), np.full((2, len(found)), -1, np.int64)
-    held = np.zeros(2, np.int64)
+    places = np.empty((2, 2 * len(found)), np.float32), np.empty((2, 2 * len(found)), np.int64), np.zeros(2, np.int64)
     kernels.search(np.array([0, 2, 3]), np.array([0, 0, 0], np.int32), np.ones(3, np.float32), np.zeros(2, np.float32),
                    np.array([0, len(found)]), found, impacts, np.ones(rows, bool), np.arange(rows), kernels.accumulators(),
-                   scores, ids, held)
-    kernels.drain(scores, ids, held)
+                   *places, np.zeros(2, np.float32))
+    kernels.finish(*places, scores, ids)
     order = np.lexsort((found, -impacts))
     assert np.array_equal(ids[0], found[order]) and np.array_equal(ids[1], ids[0]) and np.array_equal(scores[0], 2 * scores[1])
