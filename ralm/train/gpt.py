@@ -103,7 +103,7 @@ class Run:
             with np.load(self.folder / f"{name}.npz", allow_pickle=False) as z:
                 streams.append(Stream(name, z["ids"], z["starts"], np.split(z["titles"], z["ends"][:-1])))
         return bpe, Rows(streams, [s["share"] for s in d["source"]], self.config.window, self.config.end, bpe.encode("\n"),
-                         self.config.vocab, d["evidence"], d["evidence_most"], self.train["seed"])
+                         self.config.vocab, d["evidence"], d["evidence_most"], self.train["seed"], d["copies"])
 
     def _texts(self, d: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
         found = {}

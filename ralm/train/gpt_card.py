@@ -44,8 +44,9 @@ Rows seen, by source: {rows}.
 - wikipedia: 378 English Wikipedia articles (13 MB), CC BY-SA; the same articles once more as `wikitext_form`, written the
   way WikiText writes text (spaces around punctuation, ` @-@ `, ` = Heading = `), so that WikiText measures words, not typography.
   No WikiText file was trained on, and none of the validation articles is among the 378 (by title).
-- {evidence:.0%} of the rows begin with a passage from elsewhere in the same document that shares rare words with the text,
-  in the form in which ralm prepends passages (title, newline, passage, newline).
+- {evidence:.0%} of the rows begin with a passage in the form in which ralm prepends one (title, newline, passage, newline): from
+  elsewhere in the same document and sharing rare words with the text, or, in {copies:.0%} of all rows, a piece of the text itself,
+  so that it learns early to look back and copy.
 
 Validation while training (bits per byte of the first part of {file}): {log}.
 
@@ -53,8 +54,9 @@ Validation while training (bits per byte of the first part of {file}): {log}.
 
 It is a few million parameters that read a few million words: its English hangs together for a phrase or a sentence, it knows
 little and does not reason. It answers no questions worth reading (use `bundled:reader` or a larger model for that), follows no
-instructions, knows no programming language, and nothing after its books and articles. Text it writes may be false or offensive as old books can be.
-Its purpose is to measure and show what retrieval changes. Beyond {window} tokens it cannot look.
+instructions, knows no programming language, and nothing after its books and articles. Text it writes may
+be false, or offensive as old books can be. Its purpose is to measure and show what retrieval changes. It cannot look beyond
+{window} tokens.
 
 ## Licence
 
@@ -80,7 +82,7 @@ def card(c: GPTConfig, trained: dict[str, Any]) -> str:
         dtype=t["dtype"], steps=trained["steps"], batch=t["batch"],
         seen=trained["tokens"] / 1e6,
         rows=", ".join(f"{name} {n:,}" for name, n in trained["rows"].items()),
-        evidence=trained["recipe"]["data"]["evidence"], log=log)
+        copies=trained["recipe"]["data"]["copies"], evidence=trained["recipe"]["data"]["evidence"], log=log)
 
 
 def machine() -> str:

@@ -2,7 +2,8 @@
 
 A row is [END, tokens]: what scoring sees, one BOS per window. A share of the rows begins with evidence, a passage from
 elsewhere in the same document that shares rare words with the text, written as `Prepend` writes one (title, newline,
-passage, newline): so the model learns at its own length that what stands in front is worth reading."""
+passage, newline): so the model learns at its own length that what stands in front is worth reading. In some of these rows the
+passage is a piece of the text itself: nothing teaches a small model sooner to look back and copy (Olsson et al. 2022)."""
 
 from __future__ import annotations
 
@@ -88,13 +89,14 @@ class Stream:
 class Rows:
     """Deals rows of `length` + 1 tokens. Row n of a source is the same whatever happened before, so a run can be resumed.
 
-    share: of the rows, by source. evidence: share of the rows that begin with a passage of at most `most` tokens."""
+    share: of the rows, by source. evidence: share of the rows that begin with a passage of at most `most` tokens; copies: share
+    of all rows (part of those) whose passage is a piece of the text."""
 
     def __init__(self, streams: list[Stream], share: list[float], length: int, end: int, newline: list[int], vocab: int,
-                 evidence: float, most: int, seed: int):
+                 evidence: float, most: int, seed: int, copies: float = 0.0):
         self.streams, self.length, self.end, self.seed = streams, length, end, seed
         self.share = np.array(share) / sum(share)
-        self.evidence, self.most, self.newline = evidence, most, np.array(newline, np.uint16)
+        self.copies, self.evidence, self.most, self.newline = copies, evidence, most, np.array(newline, np.uint16)
         count = sum((np.bincount(s.ids, minlength=vocab) for s in streams), np.zeros(vocab, np.int64))
         self.rare = np.maximum(0.0, np.log(count.sum() / (count + 1.0)) - 5.0)  # the commonest ~150 tokens weigh nothing
 
@@ -117,14 +119,20 @@ class Rows:
         start = offset + int(order.permutation(pieces)[at]) * self.length
         start = min(start, usable)
         text = stream.ids[start:start + self.length]
-        front = self._evidence(stream, start, text, rng) if rng.random() < self.evidence else text[:0]
+        luck = rng.random()
+        front = self._evidence(stream, start, text, luck < self.copies, rng) if luck < self.evidence else text[:0]
         return np.concatenate([[self.end], front, text])[:self.length + 1].astype(np.int64)
 
-    def _evidence(self, stream: Stream, start: int, text: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Of 32 passages drawn from the same document, not touching the text, the one that shares most rare tokens with it."""
+    def _evidence(self, stream: Stream, start: int, text: np.ndarray, copy: bool, rng: np.random.Generator) -> np.ndarray:
+        """Of 32 passages drawn from the same document, not touching the text, the one that shares most rare tokens with it;
+        or, as a copy, one from the part of the text that follows in the row."""
         which = int(np.searchsorted(stream.starts, start, "right")) - 1
         low, high = stream.starts[which], stream.starts[which + 1] - 1
         size = int(rng.integers(self.most // 4, self.most))
+        if copy:
+            room = self.length - 2 * size - len(stream.titles[which]) - len(self.newline)  # the row cuts the text off
+            begin = int(rng.integers(0, room)) if room > 0 else 0
+            return np.concatenate([stream.titles[which], text[begin:begin + size], self.newline])
         begins = rng.integers(low, max(low + 1, high - size), 32)
         begins = begins[(begins + size <= start) | (begins >= start + self.length)]
         if not len(begins) or high - low < size:

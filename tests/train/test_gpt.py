@@ -99,12 +99,12 @@ def test_spaced_writes_as_wikitext_does():
                                    'A. B. Low ( the maker \'s son ) in " 1862 " . \n')
 
 
-def rows(evidence: float, length: int = 64, most: int = 24) -> Rows:
+def rows(evidence: float, length: int = 64, most: int = 24, copies: float = 0) -> Rows:
     bpe = train_bpe([TEXT], 290)
     texts = [(f"Tale {i}", " ".join(f"t{i}x{n}" for n in range(400))) for i in range(4)]
     stream = Stream.make("tales", texts, bpe, 0)
     assert stream.ids[stream.starts[1:] - 1].tolist() == [0] * 4 and (stream.ids == 0).sum() == 4
-    r = Rows([stream, stream], [3, 1], length, 0, bpe.encode("\n"), 290, evidence, most, seed=1)
+    r = Rows([stream, stream], [3, 1], length, 0, bpe.encode("\n"), 290, evidence, most, seed=1, copies=copies)
     r.bpe = bpe
     return r
 
@@ -145,6 +145,14 @@ def test_evidence_is_from_elsewhere_in_the_same_document():
     assert with_evidence > 10
 
 
+def test_a_copy_is_a_piece_of_the_text_that_follows():
+    r = rows(1.0, length=200, most=80, copies=1.0)
+    for n in range(20):
+        row = r.row(r.streams[0], 0, n, np.random.default_rng(n))
+        title, passage, text = r.bpe.decode(row[1:].tolist()).split("\n", 2)
+        assert title.startswith("Tale ") and len(passage) > 5 and passage in text and len(row) == 201
+
+
 # ---- a tiny run -----------------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +161,7 @@ def recipe(tmp_path):
     written(tmp_path / "t.zst", [{"file": f"{i}.txt", "text": f"Title: Tale_{i}\n{TEXT * 12}"} for i in range(3)])
     (tmp_path / "held.txt.zst").write_bytes(zstandard.compress((TEXT * 3).encode()))
     return {"model": dict(vocab=300, width=32, layers=2, heads=2, mlp=64, window=32),
-            "data": dict(held_out="held.txt.zst", tokenizer_most=2000, evidence=0.25, evidence_most=12,
+            "data": dict(held_out="held.txt.zst", tokenizer_most=2000, evidence=0.25, copies=0.1, evidence_most=12,
                          source=[dict(name="tales", file="t.zst", share=1.0)]),
             "train": dict(seed=0, threads=1, dtype="float32", batch=8, micro=4, lr=0.03, momentum=0.9, weight_decay=0.0,
                           adam_lr=0.01, warmup=0.05, hold=0.5, steps=40, minutes=1, first_minutes=100, evaluate_minutes=100,
