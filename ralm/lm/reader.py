@@ -103,6 +103,7 @@ class ReaderModel(nn.Module):
         super().__init__()
         transformers = need("transformers", "the span reader", "lm")
         transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()  # a library does not talk
         self.bert: BertModel = transformers.AutoModel.from_pretrained(
             base_folder(config), attn_implementation="sdpa", add_pooling_layer=False, dtype=torch.float32,
             attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0)  # few epochs, averaged weights: only costs time
