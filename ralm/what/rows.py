@@ -59,8 +59,9 @@ def row(document: Document) -> Row:
     metadata = _json(document)
     fields = tuple(clean(getattr(document, name)) for name in FIELDS)
     text = clean(document.text)
-    digest = hashlib.sha256()
-    for part in (text, *fields, json.dumps(json.loads(metadata), sort_keys=True)):
+    digest = hashlib.sha256()  # without the source: the same file reached by another path is the same document
+    hashed = (value for name, value in zip(FIELDS, fields) if name != "source")
+    for part in (text, *hashed, json.dumps(json.loads(metadata), sort_keys=True)):
         raw = part.encode()
         digest.update(len(raw).to_bytes(8, "little") + raw)
     return Row(id_of(document.id), text, fields, json.loads(metadata), metadata, digest.hexdigest())

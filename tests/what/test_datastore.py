@@ -103,3 +103,9 @@ def test_ids_whose_hashes_collide_are_told_apart(tmp_path, monkeypatch):
     assert store.document("d4") == corpus()[4] and not store.has("nobody")
     assert set(store.document_ids(np.flatnonzero(store.allow(exclude=["nobody", "d4"])))) == {"d0", "d1", "d2", "d3", "d5", "new"}
     assert store.remove(["d3"]).documents == 1 and [d.id for d in store.documents()] == ["d0", "d1", "d4", "d5", "new", "d2"]
+
+
+def test_the_same_content_from_another_path_is_unchanged(tmp_path):
+    store = Datastore.build(tmp_path / "kb", [Document("a", "one two", source="x/a.txt")])
+    added = store.add([Document("a", "one two", source="../x/a.txt")])
+    assert added.unchanged == 1 and added.updated == 0 and store.document("a").source == "x/a.txt"
