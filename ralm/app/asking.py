@@ -256,6 +256,10 @@ def cited(c: Citation) -> dict[str, Any]:
 
 
 def place(c: dict[str, Any]) -> str:
-    """Where a passage is: document, source where that says more, characters."""
-    source = f" ({c['source']})" if c["source"] and c["source"] != c["document"] else ""
-    return f"{c['document']}{source} {c['start']}–{c['end']}"
+    """Where a passage is: document, the file it was read from where that says more, characters."""
+    document, source = c["document"], c["source"]
+    if source.endswith(document):
+        document = source or document
+    elif source and not document.startswith(Path(source).name):
+        document += f" ({source})"
+    return f"{document} {c['start']}–{c['end']}"

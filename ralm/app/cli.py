@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +46,9 @@ COMMANDS = {  # where it is, what it takes, one line of help, its group
 }
 
 
+WRITERS = ("build", "add", "remove", "index", "compact", "demo")  # commands that go on where they were stopped
+
+
 def application(argv: Sequence[str]) -> App:
     """The commands, none of them imported yet. The one that argv names shows its docstring as help."""
     app = App(name="ralm", help=HELP, version=ralm.__version__, default_parameter=Parameter(negative=()), help_format="plaintext")
@@ -69,19 +73,19 @@ def _docstring(path: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code and never raises. The console script `ralm`."""
+    """Run one command; returns the exit code. The console script `ralm`. With RALM_DEBUG set, what is raised passes through."""
     debug = bool(os.environ.get("RALM_DEBUG"))
     if not debug:
         _hush()
-    try:
-        signal.signal(signal.SIGTERM, _terminated)
-    except ValueError:  # not the main thread: whoever called main in-process keeps its handlers
-        pass
+    previous = None
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        previous = signal.signal(signal.SIGTERM, _terminated)
+    argv = list(sys.argv[1:] if argv is None else argv)
     talk = terminal.Talk()
     before = progress._sink
     progress.use(talk)
     try:
-        code = _run(list(sys.argv[1:] if argv is None else argv), talk)
+        code = _run(argv, talk)
         sys.stdout.flush()  # here, where a full disk or a closed pipe can still be told
         return code
     except BrokenPipeError:
@@ -91,13 +95,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         talk.close()
         if debug and not isinstance(e, KeyboardInterrupt | SystemExit):
             raise
-        text, code = explain(e)
+        text, code = explain(e, argv)
         if text:
             terminal.error(text)
         return code
     finally:
         talk.close()
         progress.use(before)
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
 
 
 def _run(argv: list[str], talk: terminal.Talk) -> int:
@@ -109,15 +115,15 @@ def _run(argv: list[str], talk: terminal.Talk) -> int:
     return result if isinstance(result, int) else 0
 
 
-def explain(e: BaseException) -> tuple[str, int]:
-    """(one line, exit code) for anything that ended a command."""
+def explain(e: BaseException, argv: Sequence[str] = ()) -> tuple[str, int]:
+    """(one line, exit code) for anything that ended the command `argv`."""
     if isinstance(e, CycloptsError):
         return _misuse(e), 2
     if isinstance(e, RalmError):
         return str(e), e.exit_code
     if isinstance(e, KeyboardInterrupt):
-        code = getattr(e, "code", 130)
-        return "stopped; what was committed is kept, the same command goes on from there", code
+        kept = (argv[:1] and argv[0] in WRITERS) or "--save" in argv
+        return "stopped" + ("; what was done is kept, the same command goes on from there" if kept else ""), getattr(e, "code", 130)
     if isinstance(e, SystemExit):
         return ("", e.code) if isinstance(e.code, int) else ("", 0) if e.code is None else (str(e.code), 1)
     if isinstance(e, OSError):

@@ -76,6 +76,9 @@ def documents(command: str, paths: tuple[Path, ...], strict: bool, skipped: list
 
     if not paths:
         raise UsageError(f"{command} needs at least one file or folder: ralm {command} STORE PATH...")
+    for path in paths:
+        if (path / "store.json").is_file() and (path / "documents.lance").is_dir():
+            raise UsageError(f"{path} is a datastore, not a folder of texts; the order is ralm {command} STORE PATH...")
     found = iter(read(*paths, strict=strict, skipped=skipped))
     first = next(found, None)
     if first is None:

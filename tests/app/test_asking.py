@@ -75,7 +75,7 @@ def test_the_reader_answers_with_quotes_that_resolve(ralm, shared, reader):
 
 
 def test_the_reader_declines_what_the_store_does_not_hold(ralm, shared, reader):
-    ran = ralm("ask", shared, "How many moons does the planet Neptune have?", "--lm", reader)
+    ran = ralm("ask", shared, "What is the population of the Amazon basin?", "--lm", reader)
     assert ran.code == 0 and ran.out.startswith("no answer")
     assert ralm("ask", shared, "zyzzyva?", "--lm", reader, "--json").json["abstained"] is True
 

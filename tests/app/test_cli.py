@@ -61,6 +61,7 @@ WRONG = [
     ("build {new} {folder} --index bm25:frm=atire", "frm"),
     ("build {new} {folder} --index bm25:form=atyre", "atire"),
     ("build {new} {folder} --index ,", "empty part"),
+    ("build {new} {kb}", "is a datastore"),
     ("search {kb} moon -k abc", "int"),
     ("search {kb} moon -k", "-k needs a value"),
     ("search {kb} moon -k 0", "at least 1"),
@@ -143,9 +144,14 @@ def _one_line(text: str) -> None:
     (MemoryError(), 1, "memory"), (ValueError("two\nlines"), 1, "unexpected ValueError: two lines; RALM_DEBUG=1"),
     (KeyboardInterrupt(), 130, "stopped"), (cli.Stopped(), 143, "stopped")])
 def test_how_every_error_ends(error, code, says):
-    text, got = cli.explain(error)
+    text, got = cli.explain(error, ["build"])
     assert got == code
     assert says in text and "\n" not in text
+
+
+def test_only_commands_that_can_go_on_say_so():
+    assert cli.explain(KeyboardInterrupt(), ["ask", "kb", "who?"]) == ("stopped", 130)
+    assert "the same command goes on" in cli.explain(KeyboardInterrupt(), ["score", "kb", "x", "--save", "rows.jsonl"])[0]
 
 
 def test_an_unexpected_error_shows_its_traceback_on_request(ralm, monkeypatch):

@@ -136,7 +136,7 @@ def test_a_stopped_build_goes_on_from_what_is_kept(ralm, tmp_path, sent, code):
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, (out, err)
     assert out == "" and "Traceback" not in err
-    assert err.splitlines()[-1] == "ralm: stopped; what was committed is kept, the same command goes on from there"
+    assert err.splitlines()[-1] == "ralm: stopped; what was done is kept, the same command goes on from there"
     kept = ralm("show", kb, "--json").json["documents"]
     assert 0 < kept < 20_000
     data = ralm("build", kb, rows, "--json", "-q").json
