@@ -1,4 +1,4 @@
-"""Known ways in which systems of this kind go wrong without a word, kept as tests. docs/footguns.md tells of each."""
+"""Known ways in which systems of this kind go wrong without a word, kept as tests."""
 
 import json
 import subprocess

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from ralm.types import LanguageModel, LMOut
 
-BATCH_TOKENS = 8192  # most tokens (rows x length) in one forward: bounds memory, keeps the matmuls large
+# Most tokens (rows x length) in one forward. Bounds memory; on two CPU cores short rows gain from batches of this size, rows of
+# several hundred tokens lose nothing (they do lose with 8192, where activations leave the caches).
+BATCH_TOKENS = 2048
 BATCH_LOGITS = 1 << 26  # most logits in one forward (256 MB of float32): what a large vocabulary bounds first
 Job = tuple[Sequence[Sequence[int]], Sequence[int]]  # rows, and where each begins to be wanted
 

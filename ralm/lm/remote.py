@@ -94,11 +94,11 @@ class Remote:
         body = self._body(way, prompt, can.chat is not None) | {way.limit: max_tokens, "temperature": temperature}
         if stop:
             body["stop"] = list(stop)
-        why: list[str] = [] if reason is None else reason
+        why: list[str] = []
         pieces = self._ask(replace(way, stream=way.stream and stream), body, can.chat is not None, why)
         yield from until(pieces, [s for s in stop if s])
-        if not why:
-            why.append("stop")  # a stop text that the server went past
+        if reason is not None:
+            reason.append(why[-1] if why else "stop")  # no reason given: a stop text that the server went past
 
     def _body(self, way: Way, prompt: str | Messages, chat: bool) -> dict[str, Any]:
         body: dict[str, Any] = {"model": self.model}

@@ -72,13 +72,30 @@ def test_every_cell(lm, found, name, how, when):
                "who built the lighthouse?")
 
 
+def own(tiny):
+    """The decoder that the bundled model is made of, tiny and random."""
+    import torch
+    from tokenizers import Tokenizer
+
+    from ralm.lm.gpt import BPE, GPT, Decoder, GPTConfig
+
+    torch.manual_seed(0)
+    model = Decoder(GPTConfig(vocab=290, width=32, layers=2, heads=2, mlp=48, window=64))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.normal_(0, 0.3)
+    return GPT(model.requires_grad_(False), BPE(Tokenizer.from_str(tiny.tokenizer().backend_tokenizer.to_str())), "own")
+
+
 @pytest.mark.parametrize("when", ["every:4", "adaptive:theta=0.5,rest=3"])
-@pytest.mark.parametrize("kind", ["gpt2", "mistral", "gemma2", "lfm2"])
+@pytest.mark.parametrize("kind", ["gpt2", "mistral", "gemma2", "lfm2", "own"])
 def test_architectures(tiny, bm25, kind, when):
     """Learned positions, sliding windows, soft caps, running states: nothing above may depend on what the model is made of."""
     from ralm.lm.hf import HF
 
-    ralm = RALM(HF(tiny.make(kind), tiny.tokenizer(), window=64), bm25, how=FUSIONS[4], when=when)
+    made = own(tiny) if kind == "own" else HF(tiny.make(kind), tiny.tokenizer(), window=64)
+    ralm = RALM(made, bm25, how=FUSIONS[4], when=when)
     check_ralm(ralm, "Snow lies on the granite reef.", "who built the tower?", [3, 9])
 
 

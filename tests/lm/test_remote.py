@@ -253,7 +253,14 @@ def test_what_passes_by_itself_is_repeated():
             talks(["Hel", "lo"])(h, path, body)
 
     with server(busy) as (url, _):
-        assert "".join(t for t, _ in Remote(url, "m", wait=0.01).generate("Hi")) == "Hello"
+        remote, reason = Remote(url, "m", wait=0.01), []
+        assert "".join(t for t, _ in remote.generate("Hi", reason=reason)) == "Hello"
+        assert "".join(t for t, _ in remote.generate("Hi", stop=["l"], reason=reason)) == "He" and reason == ["stop", "stop"]
+
+    with server(talks(["Hel", "lo"], finish="length")) as (url, _):
+        remote, reason = Remote(url, "m"), []
+        assert list(remote.generate("Hi", reason=reason)) and list(remote.generate("Hi", stop=["e"], reason=reason))
+        assert reason == ["length", "stop"]
 
 
 def test_a_server_that_knows_only_the_newer_name_of_the_limit():
