@@ -15,7 +15,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import numpy as np
 
@@ -195,21 +195,19 @@ def _unspaced(c: str) -> bool:
 
 
 def _spaced(word: str) -> list[str]:
-    """A word as it is; of stretches in scripts without spaces the characters and the pairs of neighbours."""
+    """A word as it is; of stretches in scripts without spaces the characters (with their marks) and the pairs of neighbours."""
     if not any(map(_unspaced, word)):
         return [word]
-    out, stretch, plain = [], "", ""
-    for c in word + "\0":
-        if _unspaced(c):
-            stretch += c
-        elif stretch:
-            out += [*stretch, *(a + b for a, b in pairwise(stretch))]
-            stretch = ""
-        if _unspaced(c) or c == "\0":
-            out += [plain] if plain else []
-            plain = ""
+    units: list[str] = []
+    for c in word:
+        if units and unicodedata.category(c)[0] == "M":
+            units[-1] += c
         else:
-            plain += c
+            units.append(c)
+    out: list[str] = []
+    for unspaced, group in groupby(units, key=lambda unit: _unspaced(unit[0])):
+        stretch = list(group)
+        out += [*stretch, *(a + b for a, b in pairwise(stretch))] if unspaced else ["".join(stretch)]
     return out
 
 
