@@ -131,18 +131,18 @@ def squad(data: Path) -> None:
         right = np.array([gold[d] for _, d in asked])[:, None]
         Dense(store, "static", name="static")
         Dense(store, "minilm", name="minilm")
-        Dense(store, "minilm", name="untitled", title=False)
         static, minilm = Dense(store, name="static"), Dense(store, name="minilm")
         print(f"{len(asked)} questions, {store.n_chunks} paragraphs; seconds are wall, cpu for all questions in one batch")
         for name, found in {
             "bm25": Hybrid(store, "bm25"), "dense static": static, "dense minilm": minilm,
-            "dense minilm, no title": Dense(store, name="untitled"),
             "hybrid bm25 + static": Hybrid(store, ["bm25", static]),
             "hybrid bm25 + static, score": Hybrid(store, ["bm25", static], fusion="score"),
             "hybrid bm25 + minilm": Hybrid(store, ["bm25", minilm]),
             "hybrid bm25 + minilm, score": Hybrid(store, ["bm25", minilm], fusion="score"),
             "bm25, minilm re-ranks 20": Hybrid(store, "bm25", depth=20, rerank="minilm"),
             "bm25, minilm re-ranks 50": Hybrid(store, "bm25", depth=50, rerank="minilm"),
+            "bm25, minilm re-ranks 20, blend 1": Hybrid(store, "bm25", depth=20, rerank="minilm", blend=1),
+            "bm25, minilm re-ranks 50, blend 1": Hybrid(store, "bm25", depth=50, rerank="minilm", blend=1),
             "bm25 + static, minilm re-ranks 20": Hybrid(store, ["bm25", static], depth=20, rerank="minilm"),
             "bm25 + static, minilm re-ranks 50": Hybrid(store, ["bm25", static], depth=50, rerank="minilm"),
         }.items():

@@ -5,6 +5,7 @@
     hybrid:parts=bm25+dense,weights=2+1       parts and weights are joined by +
     hybrid:rerank=minilm,depth=30             the 30 best once more, by the cosine of MiniLM
     hybrid:parts=bm25,rerank=cross:NAME       one retriever, re-ranked by a cross-encoder
+    hybrid:parts=bm25,rerank=minilm,depth=20,blend=1     the same, where the retriever's own scores keep a say
 
 Reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009): a chunk's score is the sum over the parts that found it among
 their `depth` best of weight / (k0 + rank), ranks from 1, k0 = 60. Score fusion (Fox and Shaw's CombSUM, 1994, normalised): the
@@ -28,12 +29,14 @@ class Hybrid:
 
     parts: retriever specs, or retrievers, as a sequence or one text joined by "+". fusion: rrf or score. weights: one for each
     part (default: equal). k0: the constant of rrf. depth: how many hits of each part are fused, and how many of the fused ones are
-    re-ranked; at least k always. rerank: see rerank.py. Scores are those of the last stage; chunks below the re-ranked ones are
-    not given, so that a list holds scores of one kind (with rerank, k beyond depth re-ranks k).
+    re-ranked; at least k always. rerank: see rerank.py. blend: with a number above 0, candidates are ranked by blend * score
+    before + score of the re-ranker, both min-max normalised over the candidates. Scores are those of the last stage; chunks below
+    the re-ranked ones are not given, so that a list holds scores of one kind (with rerank, k beyond depth re-ranks k).
     Raises UsageError for options that do not go together, and what the parts raise."""
 
     def __init__(self, store, parts: Sequence[str | Retriever] | str = ("bm25", "dense"), fusion: str = "rrf", k0: float = 60,
-                 weights: Sequence[float] | str | float | None = None, depth: int = 100, rerank: str | None = None):
+                 weights: Sequence[float] | str | float | None = None, depth: int = 100, rerank: str | None = None,
+                 blend: float = 0):
         specs = parts.split("+") if isinstance(parts, str) else list(parts)
         if not specs or not all(specs):
             raise UsageError(f"parts = {parts!r} names no retriever: write parts=bm25+dense")
@@ -42,7 +45,9 @@ class Hybrid:
         if not k0 >= 0 or not isinstance(depth, int) or depth < 1:
             raise UsageError(f"k0 = {k0}, depth = {depth}: k0 is at least 0, depth a whole number from 1 on")
         self.store, self.fusion, self.k0, self.depth = store, fusion, float(k0), depth
-        self.weights = _weights(weights, len(specs))
+        if not 0 <= blend < np.inf or (blend and not rerank):
+            raise UsageError(f"blend = {blend}, rerank = {rerank}: blend is a number from 0 on, and needs a rerank")
+        self.weights, self.blend = _weights(weights, len(specs)), float(blend)
         self.parts = [_part(p, store) for p in specs]
         self.reranker = reranker(rerank) if rerank else None
 
@@ -73,6 +78,8 @@ class Hybrid:
         if found:
             scores = self.reranker.scores([queries[q] for q in found], list(found.values()), self.store)
             for (q, ids), s in zip(found.items(), scores):
+                if self.blend:
+                    s = (self.blend * _normalised(hits.scores[q][:len(ids)]) + _normalised(s)).astype(np.float32)
                 _fill(out, q, ids, s)
         return out
 
@@ -96,9 +103,9 @@ def fuse(found: Sequence[Hits], k: int, fusion: str = "rrf", k0: float = 60, wei
 
 def _normalised(scores: np.ndarray) -> np.ndarray:
     scores = scores.astype(np.float64)
-    if not len(scores) or scores[0] == scores[-1]:
+    if not len(scores) or scores.min() == scores.max():
         return np.ones(len(scores))
-    return (scores - scores[-1]) / (scores[0] - scores[-1])
+    return (scores - scores.min()) / (scores.max() - scores.min())
 
 
 def _fill(out: Hits, q: int, ids: np.ndarray, scores: np.ndarray) -> None:

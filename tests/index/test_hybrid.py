@@ -80,6 +80,7 @@ def test_fusion_is_brute_force(lists, k, k0, weighted, fusion):
 @pytest.mark.parametrize("spec", [
     "hybrid", "hybrid:fusion=score", "hybrid:parts=bm25+dense,weights=2+1,k0=10", "hybrid:parts=bm25",
     "hybrid:parts=tfidf+bm25+dense",
+    "hybrid:parts=bm25,rerank=TABLE,depth=9,blend=1",
     "hybrid:rerank=TABLE,depth=7", "hybrid:parts=bm25,rerank=TABLE", "hybrid:parts=dense,rerank=cross:CROSS,depth=5"])
 def test_every_form_keeps_the_contract_of_hits(store, table, cross, spec):
     made = index.retriever(spec.replace("TABLE", table).replace("CROSS", str(cross)), store)
@@ -119,6 +120,20 @@ def test_minilm_re_ranks_by_its_cosine(store):
         order = sorted(cosine, key=lambda id: -cosine[id])[:4]
         assert got.ids[0].tolist() == order
         np.testing.assert_allclose(got.scores[0], [cosine[i] for i in order], atol=1e-5)
+
+
+def test_blending_adds_what_the_first_stage_said(store, table):
+    first = BM25(store).search(QUERIES[:2], 8)
+    after = Hybrid(store, "bm25", depth=8, rerank=table).search(QUERIES[:2], 8)
+    got = Hybrid(store, "bm25", depth=8, rerank=table, blend=2).search(QUERIES[:2], 8)
+    for q in range(2):
+        total = {}
+        for hits, weight in ((first, 2), (after, 1)):
+            s = hits.scores[q]
+            for id, value in zip(hits.ids[q].tolist(), s.tolist()):
+                total[id] = total.get(id, 0) + weight * (value - s.min()) / (s.max() - s.min())
+        np.testing.assert_allclose(got.scores[q], sorted(total.values(), reverse=True), atol=1e-5)
+        np.testing.assert_allclose([total[i] for i in got.ids[q].tolist()], got.scores[q], atol=1e-5)
 
 
 def test_vectors_of_chunks_are_encoded_once_also_through_a_union(store, paragraphs, tmp_path, monkeypatch):
@@ -169,6 +184,7 @@ def test_removed_documents_are_gone_from_fused_and_re_ranked_lists(store, table,
 @pytest.mark.parametrize("options, said", [
     ({"parts": ""}, "names no retriever"), ({"parts": "bm52"}, "bm25"), ({"fusion": "rff"}, "rrf"), ({"depth": 0}, "depth"),
     ({"weights": "1"}, "one number"), ({"weights": "a+b"}, "not numbers"), ({"weights": "0+0"}, "not all 0"), ({"k0": -1}, "k0"),
+    ({"blend": 1}, "needs a rerank"),
     ({"rerank": "cross:"}, "cross:NAME"), ({"rerank": "./nothing"}, "folder"), ({"rerank": "cross:./nothing"}, "folder")])
 def test_wrong_options_are_one_line(store, options, said):
     with pytest.raises(UsageError, match=said) as e:
