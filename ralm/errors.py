@@ -37,10 +37,11 @@ class CapabilityError(RalmError):
 
 
 class MissingDependency(RalmError):
-    """An optional package is absent; the message names the extra that brings it."""
+    """An optional package is absent, or there and broken; the message names the extra that brings it."""
 
-    def __init__(self, package: str, purpose: str, extra: str):
-        super().__init__(f"{purpose} needs the package '{package}', which is not installed: pip install 'ralm[{extra}]'")
+    def __init__(self, package: str, purpose: str, extra: str, broken: str = ""):
+        why = f"which is installed but cannot be imported ({broken})" if broken else "which is not installed"
+        super().__init__(f"{purpose} needs the package '{package}', {why}: pip install {'--upgrade ' * bool(broken)}'ralm[{extra}]'")
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
@@ -58,6 +59,5 @@ def need(package: str, purpose: str, extra: str):
     try:
         return importlib.import_module(package)
     except ImportError as e:
-        if e.name is not None and e.name.partition(".")[0] != package.partition(".")[0]:
-            raise  # the package is there but broken: hiding that behind "not installed" would mislead
-        raise MissingDependency(package, purpose, extra) from e
+        absent = isinstance(e, ModuleNotFoundError) and e.name is not None and package.startswith(e.name)
+        raise MissingDependency(package, purpose, extra, "" if absent else " ".join(str(e).split())) from e

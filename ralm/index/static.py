@@ -70,12 +70,31 @@ class Static:
         digest.update(self._model.tokenizer.to_str().encode())
         return digest.hexdigest()[:32]
 
-    def encode(self, texts: Sequence[str], role: str = "passage", batch: int = 1024) -> np.ndarray:
-        """float32 [N, D], L2-normalised; zero rows for texts without a known token. Texts are not cut, `role` is ignored."""
+    def encode(self, texts: Sequence[str], role: str = "passage", batch: int = 256) -> np.ndarray:
+        """float32 [N, D], L2-normalised; zero rows for texts without a known token. Texts are not cut, `role` is ignored.
+
+        A text's vector does not depend, to the last bit, on the texts beside it, so that an index that grew equals one built
+        at once; the package's own mean adds in an order that depends on the batch."""
         self._stored  # noqa: B018  (float32 from here on)
-        if not len(texts):
-            return np.zeros((0, self.dim), np.float32)
-        return unit(self._model.encode(list(texts), batch_size=batch, use_multiprocessing=False))
+        out_ND = np.zeros((len(texts), self.dim), np.float32)
+        for first in range(0, len(texts), batch):
+            out_ND[first:first + batch] = self._means(list(texts[first:first + batch]))
+        return unit(out_ND)
+
+    def _means(self, texts: list[str]) -> np.ndarray:
+        """The mean of each text's (weighted) token vectors [N, D], zero where there is no token."""
+        ids = self._model.tokenize(texts)
+        counts = np.array([len(i) for i in ids])
+        flat_T = np.fromiter((t for i in ids for t in i), np.int64, counts.sum())
+        mapping, weights = self._model.token_mapping, self._model.weights
+        rows_TD = self._model.embedding[flat_T if mapping is None else mapping[flat_T]]
+        if weights is not None:
+            rows_TD = rows_TD * weights[flat_T].astype(np.float32)[:, None]
+        out_ND, known = np.zeros((len(texts), self.dim), np.float32), counts > 0
+        if known.any():
+            starts = np.concatenate([[0], counts[known].cumsum()[:-1]])
+            out_ND[known] = np.add.reduceat(rows_TD, starts, axis=0) / counts[known, None].astype(np.float32)
+        return out_ND
 
     def save(self, folder: Path) -> None:
         """The three files, from which `Static(name, folder)` is the same encoder."""

@@ -91,7 +91,9 @@ def test_static_tables_are_unit_or_zero_and_cut_nothing(table):
     np.testing.assert_allclose(model.encode(["the cat sat"])[0], unit(model._stored[ids].mean(0)[None])[0], atol=1e-6)
     long = "word " * 4000
     assert model.encode([long])[0] @ model.encode([long + "paris " * 3000])[0] < 0.99
-    assert (model.encode(TEXTS) == np.concatenate([model.encode([t]) for t in TEXTS])).all()  # batches change nothing
+    some = [*TEXTS, *(f"{t} {i} {'of the cat ' * (i % 40)}" for i, t in enumerate(TEXTS * 40))]  # many of the same length
+    assert (model.encode(some) == np.concatenate([model.encode([t]) for t in some])).all()  # batches change nothing
+    assert (model.encode(some) == model.encode(some, batch=7)).all()
 
 
 def test_a_saved_table_is_the_same_encoder_and_the_name_does_not_matter(table, tmp_path):
