@@ -51,16 +51,15 @@ class RALM:
             self.when = schedule(self.when)
         if self.how.how != "none" and self.retriever is None:
             raise UsageError(f"{type(self.how).__name__} needs a retriever, none was given; pass one, or use how='none'")
-        if "logits" in self.lm.gives:
-            if not self.how.needs <= self.lm.gives:
-                self._refuse(type(self.how).__name__, self.how.needs)
-        elif "text" in self.lm.gives:
+        if "text" in self.lm.gives and "logits" not in self.lm.gives:
             from ralm.how.cite import check_text_only
 
             check_text_only(self)
+        elif self.how.how != "none" and not self.how.needs <= self.lm.gives:
+            self._refuse(type(self.how).__name__, self.how.needs)
 
     def __repr__(self) -> str:
-        return f"RALM(lm={self.lm.name}, retriever={self.retriever!r}, how={self.how!r}, when={self.when!r})"
+        return f"RALM(lm={self.lm!r}, retriever={self.retriever!r}, how={self.how!r}, when={self.when!r})"
 
     @property
     def store(self):
@@ -79,7 +78,7 @@ class RALM:
 
         window: most tokens the model sees at once (default and maximum: the model's); stride: tokens predicted per window
         after the first (default: half the room left for text). exclude: ids of documents that must not be retrieved.
-        query: what to search for at the end of the prompt (default: the prompt).
+        query: what to search for where the prompt ends (default: the prompt; given, it is asked even without a prompt).
         Raises UsageError for a window or stride that does not fit, CapabilityError for a model without distributions."""
         import torch
 
@@ -126,8 +125,9 @@ class RALM:
                stride: int | None = None, exclude: Sequence[str] = (), query: str | None = None) -> Iterator[Event]:
         """Draw a continuation of `prompt`: Retrieved, Token, ... and one Done. temperature 0 is greedy.
 
-        Token.logp is ln p under the whole system (not the sharpened sampling distribution). query: what to search for at
-        the end of the prompt (default: the prompt). stop: texts that end the stream, not part of it.
+        Token.logp is ln p under the whole system (not the sharpened sampling distribution). query: what to search for where
+        the prompt ends (default: the prompt; given, it is asked even without a prompt). stop: texts that end the stream, not
+        part of it.
         Raises UsageError and CapabilityError at once, before the first event is asked for."""
         from ralm.lm.sample import check
 
@@ -206,11 +206,11 @@ class RALM:
         return answer_with_lm(self, question, k, _names(exclude), max_tokens)
 
     def explain(self, text: str, *, prompt: str = "", window: int | None = None, stride: int | None = None,
-                exclude: Sequence[str] = ()) -> Provenance:
+                exclude: Sequence[str] = (), query: str | None = None) -> Provenance:
         """Per token: ln p of the model alone, ln p of the system, and the evidence in force; per document: the nats it moved.
 
         The model alone sees the same windows of text as the system, so that evidence is the only difference."""
-        system = self.score(text, prompt=prompt, window=window, stride=stride, exclude=exclude)
+        system = self.score(text, prompt=prompt, window=window, stride=stride, exclude=exclude, query=query)
         room = system.convention["window"] - system.convention["evidence_tokens"]
         alone = replace(self, how="none").score(text, prompt=prompt, window=room, stride=system.convention["stride"])
         return Provenance.of(self, system, alone)
@@ -257,6 +257,7 @@ class _Run:
         if not 2 <= limit <= lm.window:
             raise UsageError(f"window {limit} does not fit '{lm.name}', which sees 2 to {lm.window} tokens")
         self.retrieves = self._can_retrieve()
+        self.asked = bool(self.prompt or self.question)  # then retrieval is due where the prompt ends
         self.reserve = how.reserve(lm) if self.retrieves else 0
         self.size = limit - self.reserve  # room for the text itself
         if self.size < 2:
@@ -289,7 +290,7 @@ class _Run:
                 continue
             segments = [Segment(start - context, stop - context, None)]
             if self.retrieves:
-                forced = self.prompt - context if 0 < self.prompt == start else None
+                forced = start - context if self.asked and start == self.prompt else None
                 segments = plan(self.ralm.when, start - context, stop - context, forced)
             for s, logp_1SV in self._logprobs(context, stop, segments):
                 self.force += [-1 if s.at is None else context + s.at] * (s.stop - s.start)
@@ -301,7 +302,7 @@ class _Run:
         context = window_of(t, self.size, self.stride)[0]
         if context != self.context:
             self.context, self.at = context, None
-        forced = self.retrieves and 0 < self.prompt == t
+        forced = self.retrieves and self.asked and t == self.prompt
         last = None if self.at is None else self.at - context
         if forced or (self.retrieves and not when.adaptive and when.due(t - context, last, None)):
             self.at = t
@@ -331,9 +332,12 @@ class _Run:
         if at not in self.due:
             raise RalmError(f"{type(self.ralm.how).__name__} asks for evidence at token {at}, retrieval is due at {self.due}; a "
                             "fusion must fetch for the segments it is given")
+        if queries is not None and len(queries) != 1:
+            raise RalmError(f"{type(self.ralm.how).__name__} asks {len(queries)} queries for one text; ask one, or none for its "
+                            "last tokens")
         if (at, k) not in self.fetched:
             new = [at] if queries is not None else [a for a in self.due if (a, k) not in self.fetched]
-            texts = list(queries[:1]) if queries is not None else [self._query(a) for a in new]
+            texts = list(queries) if queries is not None else [self._query(a) for a in new]
             began = time.perf_counter()
             found = self.ralm._search(texts, k, self.exclude)
             seconds = (time.perf_counter() - began) / len(new)

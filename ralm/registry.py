@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import math
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 from ralm.errors import UsageError, unknown
@@ -34,6 +36,18 @@ def _value(text: str) -> Any:
     except (ValueError, SyntaxError):
         return text
     return value if isinstance(value, int | float) else text
+
+
+def whole(least: int, **values: Any) -> None:
+    """Raise UsageError unless every named value is a whole number (not 2.5, not true) of at least `least`."""
+    for name, value in values.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise UsageError(f"{name}={value} is no whole number of at least {least}; use {name}={max(least, 1)} or more")
+
+
+def real(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def parse(text: str) -> Spec:

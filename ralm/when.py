@@ -1,8 +1,9 @@
 """WHEN to retrieve. A schedule sees only the past: how many tokens of context there are, how many there were at the last
 retrieval (None: none yet in this window), and how sure the model is of its next token.
 
-The engine adds two rules: a non-empty prompt is a question, so retrieval is always due where it ends; and every new context
-window starts afresh (`last` is None), since evidence does not survive the context it was fetched for."""
+The engine adds two rules: a prompt is a question, so retrieval is always due where it ends (for a query without a prompt,
+at the beginning); and every new context window starts afresh (`last` is None), since evidence does not survive the context it
+was fetched for."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ralm.registry import make
+from ralm.errors import UsageError
+from ralm.registry import make, real, whole
 from ralm.types import Schedule, Segment
 
 
@@ -32,8 +34,7 @@ class Once:
     adaptive: ClassVar[bool] = False
 
     def __post_init__(self):
-        if self.after < 1:
-            raise ValueError(f"after={self.after} leaves no token for the query; use after >= 1")
+        whole(1, after=self.after)
 
     def due(self, t: int, last: int | None, confidence: float | None) -> bool:
         return last is None and t >= self.after
@@ -48,8 +49,7 @@ class EveryN:
     adaptive: ClassVar[bool] = False
 
     def __post_init__(self):
-        if self.n < 1:
-            raise ValueError(f"n={self.n} is not a number of tokens; use n >= 1")
+        whole(1, n=self.n)
 
     def due(self, t: int, last: int | None, confidence: float | None) -> bool:
         return t - (last or 0) >= self.n
@@ -66,8 +66,9 @@ class Adaptive:
     adaptive: ClassVar[bool] = True
 
     def __post_init__(self):
-        if not 0 <= self.theta <= 1:
-            raise ValueError(f"theta={self.theta} is not a probability; use 0..1")
+        if not real(self.theta) or not 0 <= self.theta <= 1:
+            raise UsageError(f"theta={self.theta} is not a probability; use 0..1")
+        whole(1, rest=self.rest, after=self.after)
 
     def due(self, t: int, last: int | None, confidence: float | None) -> bool:
         if t < self.after or confidence is None or (last is not None and t - last < self.rest):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from ralm.errors import CapabilityError, UsageError  # noqa: E402
+from ralm.errors import CapabilityError, RalmError, UsageError  # noqa: E402
 from ralm.how.input import Ensemble, Prepend  # noqa: E402
 from ralm.how.rows import PrefixCache  # noqa: E402
 from ralm.lm.hf import HF  # noqa: E402
@@ -112,6 +112,19 @@ def test_where_and_when_retrieval_happens(lm, bm25):
     assert [(e.at, e.query) for e in asked.evidence] == [(n, "Who saw the tower?")]
     other = RALM(lm, bm25, how=Prepend(**SHAPE)).score(ids, prompt="Who saw the tower?", query="granite")
     assert [e.query for e in other.evidence] == ["granite"]
+
+
+@pytest.mark.parametrize("when", ["once", "every:4", "adaptive:theta=0.5", "never"])
+def test_a_query_is_asked_even_where_there_is_no_prompt(lm, bm25, when):
+    ralm, ids = RALM(lm, bm25, how=Prepend(**SHAPE), when=when), lm.tokenizer.encode(TEXT)[:20]
+    score = ralm.score(ids, query="granite")
+    first = [] if when == "never" else [(0, "granite")]
+    assert [(e.at, e.query) for e in score.evidence][:1] == first and score.at[0] == (-1 if when == "never" else 0)
+    told = next(iter(ralm.stream("", query="granite", max_tokens=1)))
+    assert isinstance(told, Retrieved) is (when != "never")
+    whole, steps = ralm.distributions(ids, query="granite"), ralm.distributions(ids, query="granite", stepwise=True)
+    assert distance(whole, steps) < 1e-4
+    assert (0 in {e.at for e in ralm.score(ids, query="").evidence}) is False
 
 
 def test_adaptive_retrieves_exactly_where_the_model_is_unsure(lm, bm25):
@@ -273,6 +286,8 @@ def test_mistakes_are_refused_before_any_work(lm, bm25):
         RALM(lm).answer("x")
     with pytest.raises(UsageError, match="k=0"):
         RALM(lm, bm25).answer("x", k=0)
+    with pytest.raises(UsageError, match="tokens=24 cannot be shared by k=50"):
+        RALM(lm, bm25, how=Prepend(**SHAPE)).answer("x", k=50)
     ralm = RALM(lm, bm25, how=Prepend(**SHAPE))
     for settings_, line in ((dict(window=1), "window 1"), (dict(window=65), "window 65"), (dict(window=0), "window 0"),
                             (dict(window=24), "leaves 0"), (dict(stride=41), "stride 41"), (dict(stride=0), "stride 0")):
@@ -283,3 +298,27 @@ def test_mistakes_are_refused_before_any_work(lm, bm25):
     for settings_ in (dict(max_tokens=0), dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0)):
         with pytest.raises(UsageError):
             ralm.stream("granite", **settings_)
+
+
+class Reads:
+    """What a reader is to the engine: spans, and nothing a fusion could use."""
+
+    name, gives = "a reader", frozenset({"spans"})
+
+
+def test_a_reader_takes_no_fusion(bm25):
+    for how in ("prepend", "ensemble"):
+        with pytest.raises(CapabilityError, match="needs logits from the model, 'a reader' gives spans only"):
+            RALM(Reads(), bm25, how=how)
+    assert RALM(Reads(), bm25).how.how == "none"
+
+
+class AsksTwice(Prepend):
+    def logprobs(self, lm, ids_BT, segments, fetch, store):
+        return super().logprobs(lm, ids_BT, segments, lambda _, k, s: fetch(["snow", "granite"], k, s), store)
+
+
+def test_a_fusion_asks_one_query_per_text(lm, bm25):
+    """The engine runs one text at a time; the second query would be dropped without a word."""
+    with pytest.raises(RalmError, match="2 queries for one text"):
+        RALM(lm, bm25, how=AsksTwice(**SHAPE), when="every:4").score(TEXT)

@@ -17,6 +17,7 @@ from ralm import progress
 from ralm.errors import RalmError, UsageError
 from ralm.eval.files import Ledger
 from ralm.eval.interval import interval
+from ralm.eval.qa import describe
 from ralm.types import Document
 
 if TYPE_CHECKING:
@@ -79,9 +80,9 @@ def evaluate_perplexity(ralm: RALM, texts: Iterable[Document | str | tuple[str, 
     documents = _documents(texts)
     own = _own(ralm, documents) if exclude_self and ralm.store is not None and ralm.how.how != "none" else {}
     store = ralm.store
-    of = {"lm": ralm.lm.name, "how": repr(ralm.how), "when": repr(ralm.when), "where": ralm.where, "window": window,
-          "stride": stride, "exclude_self": exclude_self,
-          "datastore": None if store is None else f"{store.id} version {store.version}"}
+    of = {"lm": describe(ralm.lm), "retriever": None if ralm.how.how == "none" else describe(ralm.retriever),
+          "how": repr(ralm.how), "when": repr(ralm.when), "where": ralm.where, "window": window, "stride": stride,
+          "exclude_self": exclude_self, "datastore": None if store is None else f"{store.id} version {store.version}"}
     convention: dict[str, Any] = {}
     size = sum(len(d.text.encode("utf-8", "surrogatepass")) for d in documents)
     with Ledger(ledger, of) as book, progress.task("score", total=size, unit="B") as advance:

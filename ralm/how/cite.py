@@ -15,11 +15,13 @@ import numpy as np
 
 from ralm.errors import CapabilityError
 from ralm.types import Answer, Citation, Cited, Done, Event, Evidence, Retrieved, Token
+from ralm.when import Never, Once
 
 if TYPE_CHECKING:
     from ralm.model import RALM
 
 MARKER = re.compile(r"\[([0-9]{1,6})\]")
+DECLINED = ("I do not know", "I don't know")  # what a model is asked to say where the passages hold no answer, and its short form
 _SENTENCE = re.compile(r"[^\s].*?(?:[.!?](?=[\s\"')\]]|$)|\n\s*\n|$)", re.S)
 _WORD = re.compile(r"\w+")
 _COMMON = frozenset(("a an and are as at be by for from has have in is it its of on or that the this to was were which with "
@@ -117,6 +119,8 @@ def question_prompt(question: str) -> str:
 
 def answer_with_lm(ralm: RALM, question: str, k: int | None, exclude: Sequence[str], max_tokens: int) -> Answer:
     """The text of `stream` after a question, cited by its own markers or by the sentences that support it."""
+    from ralm.lm.spans import normalised
+
     began = time.perf_counter()
     local = "logits" in ralm.lm.gives
     text, logp, evidence = "", 0.0, {}
@@ -134,7 +138,8 @@ def answer_with_lm(ralm: RALM, question: str, k: int | None, exclude: Sequence[s
     if not cited:
         supported = [c for c in (support(text, p) for p in read) if c is not None]
         cited = sorted(supported, key=lambda c: -c.score)[:1]
-    abstained = not text or not read  # nothing was found, or nothing was said: an answer would stand on nothing
+    # nothing was found, said, or known: an answer would stand on nothing
+    abstained = not text or not read or normalised(MARKER.sub("", text).replace("’", "'")) in map(normalised, DECLINED)
     return Answer("" if abstained else text, abstained, [] if abstained else cited, read, time.perf_counter() - began, logp)
 
 
@@ -158,17 +163,19 @@ def numbered_prompt(question: str, evidence: Sequence[Citation]) -> str:
     """Numbered passages, then the question: what an instruction-tuned model is given."""
     blocks = [f"[{i}] {p.title + ': ' if p.title else ''}{p.quote}" for i, p in enumerate(evidence, 1)]
     return ("Answer the question from the numbered passages only. After each statement put the number of the passage that "
-            "supports it, like [1]. If they do not hold the answer, say that you do not know.\n\n"
+            f"supports it, like [1]. If they do not hold the answer, reply only: {DECLINED[0]}.\n\n"
             + "\n\n".join(blocks) + f"\n\nQuestion: {question}")
 
 
 def check_text_only(ralm: RALM) -> None:
     """Raise CapabilityError for anything but one retrieval in front of the prompt: a text interface can do no other."""
+    from ralm.how.input import Prepend
+
     how, when = ralm.how, ralm.when
-    if how.how != "none" and type(how).__name__ != "Prepend":
+    if how.how != "none" and not isinstance(how, Prepend):
         raise CapabilityError(f"{type(how).__name__} needs full distributions, '{ralm.lm.name}' gives text only; "
                               "use --how prepend, or a local model")
-    if how.how != "none" and type(when).__name__ not in ("Once", "Never"):
+    if how.how != "none" and not isinstance(when, Once | Never):
         raise CapabilityError(f"{when!r} needs to stop the model between tokens, '{ralm.lm.name}' gives text only; "
                               "use --when once, or a local model")
 
@@ -180,7 +187,7 @@ def stream_remote(ralm: RALM, prompt: str, *, max_tokens: int, temperature: floa
     how = ralm.how
     began = time.perf_counter()
     evidence, used = [], []
-    if how.how != "none" and type(ralm.when).__name__ == "Once" and how.k:
+    if how.how != "none" and isinstance(ralm.when, Once) and how.k:
         asked = query or prompt
         hits, seconds = ralm.search(asked, how.k, exclude)
         evidence = passages(ralm.store, hits.ids[0], hits.scores[0])

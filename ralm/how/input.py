@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from ralm.errors import UsageError
+from ralm.registry import real, whole
 from ralm.types import Hits, LanguageModel, Segment
 
 if TYPE_CHECKING:  # the methods are named, compared and refused without torch: a remote model needs none of it
@@ -144,9 +146,9 @@ class Ensemble:
     def __post_init__(self):
         _check(self.k, self.query, self.tokens)
         if self.weights not in ("prior", "posterior"):
-            raise ValueError(f"weights='{self.weights}' is neither 'prior' nor 'posterior'")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} cannot scale scores; use a value above 0")
+            raise UsageError(f"weights='{self.weights}' is neither 'prior' nor 'posterior'")
+        if not real(self.temperature) or not self.temperature > 0:
+            raise UsageError(f"temperature={self.temperature} cannot scale scores; use a finite value above 0")
 
     @property
     def query_tokens(self) -> int:
@@ -218,11 +220,7 @@ def _runs(segments: Sequence[Segment], hits: list[list[Hits]]) -> list[list[int]
 
 
 def _check(k: int, query: int, tokens: int) -> None:
-    if k < 0:
-        raise ValueError(f"k={k} passages make no sense; use k >= 0")
-    if query < 1 or tokens < 1:
-        raise ValueError(f"query={query} and tokens={tokens} must both be at least 1")
+    whole(0, k=k)
+    whole(1, query=query, tokens=tokens)
     if tokens < k:
-        raise ValueError(f"tokens={tokens} cannot be shared by k={k} passages; give at least one token each")
-
-
+        raise UsageError(f"tokens={tokens} cannot be shared by k={k} passages; give at least one token each")

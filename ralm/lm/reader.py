@@ -202,6 +202,9 @@ class Reader:
         self.model, self.config, self.name = model.eval(), config, name
         self.cutter = Cutter(config)
 
+    def __repr__(self) -> str:
+        return f"Reader({self.name!r}, window={self.config.window}, stride={self.config.stride})"
+
     @classmethod
     def load(cls, name_or_folder: str | Path) -> Reader:
         """`bundled:reader`, or a folder with config.json and reader.safetensors.

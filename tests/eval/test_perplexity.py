@@ -101,6 +101,22 @@ def test_ledger_continues(lm, tmp_path, monkeypatch):
         evaluate_perplexity(RALM(lm), [("a", WIKI[0])], window=16, ledger=path)
 
 
+def test_a_ledger_is_of_one_system(tiny, lm, store, tmp_path):
+    """Rows made by another retriever or in another precision are other figures: they are refused, not mixed in."""
+    from ralm.index import retriever
+    from ralm.lm.hf import HF
+
+    def score(model, spec):
+        ralm = RALM(model, retriever(spec, store), how="prepend:k=1,tokens=20", when="every:8")
+        return evaluate_perplexity(ralm, [("a", WIKI[0])], ledger=tmp_path / "rows.jsonl")
+
+    assert score(lm, "bm25")["ppl"] == score(lm, "bm25")["ppl"]  # a retriever opened anew is the same system
+    half = HF(tiny.make("llama"), tiny.tokenizer(), dtype="bf16", window=64)
+    for model, spec, part in ((lm, "tfidf", "retriever"), (lm, "bm25:k1=2", "retriever"), (half, "bm25", "lm")):
+        with pytest.raises(UsageError, match=f"made with {part} = "):
+            score(model, spec)
+
+
 def test_wrong_requests(lm):
     with pytest.raises(UsageError, match="no text"):
         evaluate_perplexity(RALM(lm), [])

@@ -5,6 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from ralm.errors import UsageError  # noqa: E402
+from ralm.how import fusion  # noqa: E402
 from ralm.how.input import Ensemble, Passages, Prepend  # noqa: E402
 from ralm.how.mixing import log_weights  # noqa: E402
 from ralm.model import RALM  # noqa: E402
@@ -76,6 +77,17 @@ def test_every_row_fits_the_window_and_texts_see_the_same_context_with_or_withou
 def test_a_window_that_evidence_would_fill_is_refused(lm, store):
     with pytest.raises(UsageError, match="evidence may take 64 tokens of a window of 64, which leaves 0"):
         RALM(lm, Fixed(store, [0]), how=Prepend(tokens=64)).score("granite")
+
+
+@pytest.mark.parametrize(("spec", "line"), [
+    ("prepend:k=2.5", "k=2.5 is no whole number"), ("prepend:k=-1", "k=-1"), ("prepend:query=0", "query=0"),
+    ("prepend:tokens=1.5", "tokens=1.5"), ("prepend:k=3,tokens=2", "cannot be shared by k=3"), ("ensemble:k=true", "k=True"),
+    ("ensemble:temperature=0", "temperature=0"), ("ensemble:temperature=inf", "temperature=inf"),
+    ("ensemble:temperature=warm", "temperature=warm"), ("ensemble:weights=equal", "neither 'prior' nor 'posterior'")])
+def test_wrong_specs_are_one_line(spec, line):
+    with pytest.raises(UsageError, match=line) as caught:
+        fusion(spec)
+    assert "\n" not in str(caught.value) and "not supported" not in str(caught.value)
 
 
 def test_segments_with_equal_evidence_share_one_row(lm, store):

@@ -341,6 +341,21 @@ def test_an_answer_without_evidence_abstains(bm25):
     assert answer.abstained and answer.answer == "" and not answer.citations and not answer.evidence
 
 
+@pytest.mark.parametrize("said", ["I do not know.", " I don't know\n", "I don’t know!", "i do not know [1]."])
+def test_an_answer_that_declines_abstains(bm25, said):
+    """The prompt asks for these words where the passages hold no answer; they are no answer to be cited or scored."""
+    with server(talks([said[:4], said[4:]])) as (url, seen):
+        answer = RALM(Remote(url, "m"), bm25, how="prepend").answer("Who painted the lighthouse?")
+    assert "reply only: I do not know" in seen[-1][1]["messages"][0]["content"]
+    assert answer.abstained and answer.answer == "" and not answer.citations and answer.evidence
+
+
+def test_an_answer_that_only_begins_like_a_refusal_is_one(bm25):
+    with server(talks(["I do not know", " of any but Maria Holt [1]."])) as (url, _):
+        answer = RALM(Remote(url, "m"), bm25, how="prepend").answer("Who built the lighthouse of Brennick?")
+    assert not answer.abstained and "Maria Holt" in answer.answer and answer.citations
+
+
 def test_what_a_server_cannot_do_is_refused_before_it_is_asked(bm25):
     remote = Remote(f"http://127.0.0.1:{free_port()}/v1", "m")
     for settings, line in ((dict(how="ensemble"), "full distributions"), (dict(how="prepend", when="every:4"), "between tokens")):
