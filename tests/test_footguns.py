@@ -66,6 +66,78 @@ def test_temperature_scales_scores_and_never_the_vocabulary(lm, store):
     assert np.array_equal(one.logp, other.logp)
 
 
+def test_a_marginal_over_one_token_still_depends_on_the_scores(lm, store):
+    """One-token answers must not lose p(z|x): as scores move to one passage, ln p moves to what that passage alone gives."""
+    from ralm.how.input import Ensemble, Prepend
+    from ralm.model import RALM
+
+    ids, shape = lm.tokenizer.encode("Snow")[:1], dict(query=8, tokens=24)
+    each = np.array([RALM(lm, Fixed(store, [c]), how=Prepend(k=1, **shape)).score(ids, prompt="tower?").logp[0] for c in (1, 2)])
+    for weights in ("prior", "posterior"):
+        for gap in (-30.0, -1.0, 0.0, 2.0, 30.0):
+            ralm = RALM(lm, Fixed(store, [1, 2], [gap, 0.0]), how=Ensemble(k=2, weights=weights, **shape))
+            p = 1 / (1 + np.exp(-gap))
+            want = np.log(p * np.exp(each[0]) + (1 - p) * np.exp(each[1]))
+            assert ralm.score(ids, prompt="tower?").logp[0] == pytest.approx(want, abs=1e-4)
+    assert abs(each[0] - each[1]) > 0.1
+
+
+def test_confidence_is_a_probability_and_low_confidence_retrieves(lm, bm25):
+    """A threshold held against log-probabilities is inverted or always passed; here more caution means more retrieval."""
+    from ralm.how.input import Prepend
+    from ralm.model import RALM
+
+    ids = lm.tokenizer.encode("Snow lies on the granite reef, and Maria Holt saw the tower.")[:30]
+    counts = [len(RALM(lm, bm25, how=Prepend(k=1, query=8, tokens=24), when=f"adaptive:theta={theta}").score(ids).evidence)
+              for theta in (0.0, 0.3, 0.7, 1.0)]
+    assert counts == sorted(counts) and counts[0] == 0 < counts[1] < counts[3] == len(ids) - 1
+
+
+def test_bits_per_byte_count_the_bytes(lm):
+    """Bits per byte are bits over UTF-8 bytes, not the logarithm of a perplexity per token over eight."""
+    from ralm.model import RALM
+
+    text = "naïve 日本 granite"
+    score = RALM(lm).score(text)
+    assert score.bits_per_byte() == pytest.approx(-score.logp.sum() / np.log(2) / len(text.encode()))
+    assert abs(score.bits_per_byte() - np.log2(score.ppl()) / 8) > 0.5 and len(text.encode()) > len(text)
+
+
+def test_markers_count_from_one():
+    """[0] names no passage (least of all the last one), nor does a number above theirs."""
+    from ralm.how.cite import resolve
+    from ralm.types import Citation
+
+    passages = [Citation("a", 0, 16, "Granite is hard.", 1.0), Citation("b", 0, 16, "Snow is granite.", 1.0)]
+    assert [c.document for _, c in resolve("Granite is hard [1].", passages)] == ["a"]
+    assert resolve("Granite is hard [0]. Granite is hard [3]. Granite is hard [-1].", passages) == []
+
+
+def test_recall_is_a_share_of_what_is_relevant():
+    """One of three relevant documents found is a recall of a third; whether any was found has another name."""
+    pytest.importorskip("ir_measures")
+    from ralm.eval.retrieval import evaluate_run, topk_accuracy
+
+    found = evaluate_run({"q": [("a", 2.0), ("x", 1.0)]}, {"q": {"a": 1, "b": 1, "c": 1}}, ["R@2", "Success@2"])["measures"]
+    assert found == pytest.approx({"R@2": 1 / 3, "Success@2": 1})
+    assert topk_accuracy([["no", "the answer"]], [["answer", "reply"]], (1, 2)) == {1: 0.0, 2: 1.0}
+
+
+def test_every_module_imports():
+    """With the packages that the extras name, at the versions installed here: a method that cannot be imported is not there."""
+    pytest.importorskip("faiss")
+    pytest.importorskip("httpx")
+    import importlib
+    import pkgutil
+
+    import ralm
+
+    names = [m.name for m in pkgutil.walk_packages(ralm.__path__, "ralm.")]
+    assert len(names) > 50
+    for name in names:
+        importlib.import_module(name)
+
+
 def test_reading_loses_no_document(tmp_path):
     """57 documents, with empty lines, long lines and line separators inside strings, are 57 documents; all can be found."""
     from ralm.what.read import read

@@ -21,7 +21,8 @@ def test_specs():
     ("evry:4", "Did you mean 'every'"), ("every:0", "n=0"), ("once:0", "after=0"), ("adaptive:theta=2", "not a probability"),
     ("every:2.5", "n=2.5 is no whole number"), ("once:true", "after=True is no whole number"), ("adaptive:rest=0", "rest=0"),
     ("adaptive:after=-1", "after=-1"), ("adaptive:theta=high", "theta=high is not a probability"),
-    ("every:n=4,m=2", "unknown option"), ("every:4,5", "at most 1 values"), ("", "empty name"), ("every:four", "n=four is no whole number")])
+    ("every:n=4,m=2", "unknown option"), ("every:4,5", "at most 1 values"), ("", "empty name"),
+    ("every:four", "n=four is no whole number")])
 def test_wrong_specs_are_one_line(spec, line):
     with pytest.raises(UsageError, match=line) as caught:
         schedule(spec)

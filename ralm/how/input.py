@@ -79,8 +79,31 @@ def _evidence(segments: Sequence[Segment], k: int, batch: int, fetch: Callable) 
     return out
 
 
+class AtInput:
+    """What the methods below share: k chunks at the input, at most `tokens` tokens of a context for them, asked for with the last
+    `query` tokens before each retrieval."""
+
+    k: int
+    query: int
+    tokens: int
+    what: ClassVar[str] = "chunks"
+    how: ClassVar[str] = "input"
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+
+    def __post_init__(self):
+        whole(0, k=self.k)
+        whole(1, query=self.query, tokens=self.tokens)
+
+    @property
+    def query_tokens(self) -> int:
+        return self.query
+
+    def reserve(self, lm: LanguageModel) -> int:
+        return self.tokens if self.k else 0
+
+
 @dataclass(frozen=True)
-class Prepend:
+class Prepend(AtInput):
     """All k passages in one context, best one last (next to the text). In-Context RALM (Ram et al. 2023, eq. 3); RAG with an
     off-the-shelf LM.
 
@@ -90,19 +113,11 @@ class Prepend:
     k: int = 1
     query: int = 32
     tokens: int = 256
-    what: ClassVar[str] = "chunks"
-    how: ClassVar[str] = "input"
-    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
     def __post_init__(self):
-        _check(self.k, self.query, self.tokens)
-
-    @property
-    def query_tokens(self) -> int:
-        return self.query
-
-    def reserve(self, lm: LanguageModel) -> int:
-        return self.tokens if self.k else 0
+        super().__post_init__()
+        if self.tokens < self.k:
+            raise UsageError(f"tokens={self.tokens} cannot be shared by k={self.k} passages; give at least one token each")
 
     def logprobs(self, lm: LanguageModel, ids_BT: Tensor, segments: Sequence[Segment], fetch: Callable, store) -> Iterator[Span]:
         """Yield (segment, logp_BSV). Rows of all segments run as batches; one row serves neighbours with equal evidence."""
@@ -128,7 +143,7 @@ class Prepend:
 
 
 @dataclass(frozen=True)
-class Ensemble:
+class Ensemble(AtInput):
     """One context per passage, distributions mixed. weights="prior": per-token marginal with p(z|x) (REPLUG, RAG-Token);
     "posterior": with p(z|x, y_<t) since the retrieval, which is the per-sequence marginal (RAG-Sequence).
 
@@ -139,23 +154,13 @@ class Ensemble:
     temperature: float = 1.0
     query: int = 32
     tokens: int = 256
-    what: ClassVar[str] = "chunks"
-    how: ClassVar[str] = "input"
-    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
     def __post_init__(self):
-        _check(self.k, self.query, self.tokens)
+        super().__post_init__()
         if self.weights not in ("prior", "posterior"):
             raise UsageError(f"weights='{self.weights}' is neither 'prior' nor 'posterior'")
         if not real(self.temperature) or not self.temperature > 0:
             raise UsageError(f"temperature={self.temperature} cannot scale scores; use a finite value above 0")
-
-    @property
-    def query_tokens(self) -> int:
-        return self.query
-
-    def reserve(self, lm: LanguageModel) -> int:
-        return self.tokens if self.k else 0
 
     def log_prior(self, scores: np.ndarray) -> Tensor:
         """ln p(z|x) [1, K] of one retrieval's scores."""
@@ -217,10 +222,3 @@ def _runs(segments: Sequence[Segment], hits: list[list[Hits]]) -> list[list[int]
         else:
             runs.append([i])
     return runs
-
-
-def _check(k: int, query: int, tokens: int) -> None:
-    whole(0, k=k)
-    whole(1, query=query, tokens=tokens)
-    if tokens < k:
-        raise UsageError(f"tokens={tokens} cannot be shared by k={k} passages; give at least one token each")

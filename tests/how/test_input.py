@@ -90,6 +90,10 @@ def test_wrong_specs_are_one_line(spec, line):
     assert "\n" not in str(caught.value) and "not supported" not in str(caught.value)
 
 
+def test_only_prepended_passages_share_their_tokens():
+    assert fusion("ensemble:k=8,tokens=4") == Ensemble(k=8, tokens=4)
+
+
 def test_segments_with_equal_evidence_share_one_row(lm, store):
     ids, watched = lm.tokenizer.encode("Snow lies on granite."), Watched(lm)
     RALM(watched, Fixed(store, [3]), how=Prepend(k=1, **SHAPE), when="every:2").score(ids)
