@@ -20,7 +20,7 @@ import numpy as np
 
 from ralm.errors import CapabilityError, RalmError, UsageError
 from ralm.types import Answer, Done, Event, Evidence, Fusion, Hits, Retrieved, Retriever, Schedule, Scored, Segment
-from ralm.when import Never, plan, schedule, window_of, windows
+from ralm.when import Never, pieces, plan, schedule, window_of, windows
 
 if TYPE_CHECKING:
     import torch
@@ -292,7 +292,17 @@ class _Run:
             if self.retrieves:
                 forced = start - context if self.asked and start == self.prompt else None
                 segments = plan(self.ralm.when, start - context, stop - context, forced)
-            for s, logp_1SV in self._logprobs(context, stop, segments):
+            yield from self._window(context, segments)
+
+    def _window(self, context: int, segments: Sequence[Segment]) -> Iterator[tuple[int, torch.Tensor]]:
+        """One window; in pieces where its distributions (times the contexts they are mixed of) would be gigabytes, each piece
+        going on from the cache of the piece before."""
+        from ralm.how.rows import BATCH_LOGITS, PrefixCache
+
+        cut = pieces(segments, max(1, BATCH_LOGITS // (self.ralm.lm.vocab * max(1, getattr(self.ralm.how, "k", 1)))))
+        run = self if len(cut) == 1 else replace(self, ralm=replace(self.ralm, lm=PrefixCache(self.ralm.lm)))  # shares its lists
+        for piece in cut:
+            for s, logp_1SV in run._logprobs(context, context + piece[-1].stop, piece):
                 self.force += [-1 if s.at is None else context + s.at] * (s.stop - s.start)
                 yield context + s.start, logp_1SV[0]
 

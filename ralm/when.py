@@ -7,7 +7,7 @@ was fetched for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -119,3 +119,21 @@ def plan(when: Schedule, start: int, stop: int, forced: int | None = None) -> li
                 segments.append(Segment(begin, t, at))
             begin = at = t
     return segments + [Segment(begin, stop, at)]
+
+
+def pieces(segments: Sequence[Segment], most: int) -> list[list[Segment]]:
+    """Consecutive segments in groups of `most` tokens (the last group: what is left), segments cut where a group is full. A cut
+    segment keeps its evidence: `at` stands before both parts."""
+    out: list[list[Segment]] = []
+    room = 0
+    for s in segments:
+        start = s.start
+        while start < s.stop:
+            if not room:
+                out.append([])
+                room = most
+            stop = min(s.stop, start + room)
+            out[-1].append(Segment(start, stop, s.at))
+            room -= stop - start
+            start = stop
+    return out

@@ -141,6 +141,25 @@ def test_adaptive_retrieves_exactly_where_the_model_is_unsure(lm, bm25):
     assert [e.at for e in every.evidence] == list(range(1, 30))
 
 
+@pytest.mark.parametrize("how", ["none", Prepend(k=2, **SHAPE), Ensemble(k=3, **SHAPE),
+                                 Ensemble(k=3, weights="posterior", **SHAPE)])
+@pytest.mark.parametrize("when", ["once:6", "every:4"])
+def test_distributions_of_a_window_are_made_in_pieces_that_fit(lm, bm25, how, when, monkeypatch):
+    """A long window times a large vocabulary is gigabytes; in pieces it is bounded, and nothing changes."""
+    from ralm.how import rows
+
+    ralm, ids = RALM(lm, bm25, how=how, when=when), lm.tokenizer.encode(TEXT * 2)[:70]
+    whole, forward, sizes = ralm.score(ids), lm.forward, []
+    monkeypatch.setattr(lm, "forward", lambda ids, **k: (out := forward(ids, **k), sizes.append(out.logits.numel()))[0])
+    most = 9 * getattr(ralm.how, "k", 1) * lm.vocab
+    monkeypatch.setattr(rows, "BATCH_LOGITS", most)
+    pieces = ralm.score(ids)
+    assert np.allclose(pieces.logp, whole.logp, atol=2e-4) and pieces.at.tolist() == whole.at.tolist()
+    assert [(e.at, e.query, e.ids.tolist()) for e in pieces.evidence] == [(e.at, e.query, e.ids.tolist()) for e in whole.evidence]
+    if "posterior" not in repr(how):  # which looks back to its retrieval
+        assert max(sizes) <= most and len(sizes) > 3
+
+
 class Searches:
     """A real retriever that counts how often it is asked and how many queries at once."""
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ralm.errors import UsageError
 from ralm.types import Segment
-from ralm.when import Adaptive, EveryN, Never, Once, plan, schedule, window_of, windows
+from ralm.when import Adaptive, EveryN, Never, Once, pieces, plan, schedule, window_of, windows
 
 
 def test_specs():
@@ -68,6 +68,16 @@ def test_plans_cover_their_range_and_never_look_ahead(when, start, length, data)
     assert [t for s in segments for t in range(s.start, s.stop)] == list(range(start, start + length))
     assert all(s.at is None or s.at <= s.start for s in segments)
     assert forced is None or forced in {s.at for s in segments}
+
+
+@given(st.integers(0, 9), st.integers(1, 40), st.integers(1, 50))
+def test_pieces_are_the_same_tokens_under_the_same_evidence(start, length, most):
+    segments = plan(EveryN(7), start, start + length)
+    cut = pieces(segments, most)
+    assert [(t, s.at) for p in cut for s in p for t in range(s.start, s.stop)] == [
+        (t, s.at) for s in segments for t in range(s.start, s.stop)]
+    assert all(sum(s.stop - s.start for s in p) == most for p in cut[:-1]) and 0 < sum(s.stop - s.start for s in cut[-1]) <= most
+    assert cut[0] == segments or len(cut) > 1
 
 
 def test_schedules_and_contracts_need_no_torch():

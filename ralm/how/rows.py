@@ -146,21 +146,21 @@ class PrefixCache:
         else:
             self.seen.remove(seen)
             if grown:
-                self._extend(seen, rows, grown)
+                self._extend(seen, rows, grown, max(map(_wanted, rows, starts)))
                 self.steps += 1
         seen.tail = [t[t.shape[0] - _wanted(r, s):] for t, r, s in zip(seen.tail, rows, starts)]
         self._remember(seen)
         return seen.tail
 
-    def _extend(self, seen: _Seen, rows: list[list[int]], grown: int) -> None:
+    def _extend(self, seen: _Seen, rows: list[list[int]], grown: int, wanted: int) -> None:
         new_BT = torch.tensor([r[-grown:] for r in rows])
         if seen.mask is not None:
             seen.mask = torch.cat([seen.mask, torch.ones(len(rows), grown, dtype=torch.long)], 1)
         with torch.no_grad():
-            out = self.lm.forward(new_BT, past=seen.past, mask=seen.mask)
-            logp_BTV = torch.log_softmax(out.logits.float(), -1)
+            out = self.lm.forward(new_BT, past=seen.past, mask=seen.mask, keep=min(grown, wanted))
+            logp_BSV = torch.log_softmax(out.logits.float(), -1)
         seen.rows, seen.past = rows, out.past
-        seen.tail = [torch.cat([t, logp_BTV[b]]) for b, t in enumerate(seen.tail)]
+        seen.tail = [logp_BSV[b] if wanted <= grown else torch.cat([t, logp_BSV[b]]) for b, t in enumerate(seen.tail)]
 
     def _remember(self, seen: _Seen) -> None:
         self.seen.insert(0, seen)
