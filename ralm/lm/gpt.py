@@ -198,20 +198,22 @@ class GPT:
                 keep: int | Tensor | None = None, neighbours: Any = None) -> LMOut:
         """Logits [B, T', V] after each of ids_BT, the hidden state [B, T', D] they were made from, and the past.
 
-        As LanguageModel.forward. `past` is not changed: it may be continued again, or cropped and continued. Without a
-        mask, new tokens are real and old ones what they were. Raises UsageError for ids, masks or lengths that do not
-        fit, CapabilityError for `neighbours`."""
+        As LanguageModel.forward; float32, on the device of ids_BT. `past` is not changed: it may be continued again, or
+        cropped and continued. Without a mask, new tokens are real and old ones what they were. Raises UsageError for ids,
+        masks or lengths that do not fit, CapabilityError for `neighbours`."""
         if neighbours is not None:
             raise CapabilityError(f"'{self.name}' cannot read neighbours; use a model that attends to them (RETRO)")
         self._check_ids(ids_BT)
         length = past.length if past is not None else 0
         mask_BL = self._mask(ids_BT, past, mask)
         positions_BT = self._positions(ids_BT, length, mask_BL)
-        hidden_BTD, layers = self.model(ids_BT, positions_BT, past.layers if length else None,
-                                        _looks(ids_BT.shape[1], length, mask_BL, ids_BT.device))
+        home, there = ids_BT.device, self.model.embed.weight.device
+        hidden_BTD, layers = self.model(ids_BT.to(there), positions_BT.to(there), past.layers if length else None,
+                                        _looks(ids_BT.shape[1], length, mask_BL, there))
         if keep is not None:
             hidden_BTD = hidden_BTD[:, _kept(keep)]
-        return LMOut(F.linear(hidden_BTD, self.model.embed.weight), hidden_BTD, Past(layers, mask_BL))
+        logits_BTV = F.linear(hidden_BTD, self.model.embed.weight)
+        return LMOut(logits_BTV.float().to(home), hidden_BTD.float().to(home), Past(layers, mask_BL))
 
     def _check_ids(self, ids_BT: Tensor) -> None:
         if ids_BT.dim() != 2 or ids_BT.numel() == 0:
@@ -257,6 +259,7 @@ def _looks(new: int, past: int, mask_BL: Tensor | None, device: torch.device) ->
     causal_TL = to <= at
     if mask_BL is None:
         return causal_TL[None, None]
+    mask_BL = mask_BL.to(device)
     # Padding looks at itself: a softmax over nothing is nan, and nan would spread to the next layer's keys.
     return (causal_TL & mask_BL[:, None, :] | (to == at))[:, None]
 

@@ -193,6 +193,20 @@ def test_padding_does_not_use_up_the_window():
     close(lm().forward(ids, mask=mask).logits[:, 30:], lm().forward(ids[:, 30:]).logits)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_model_on_a_gpu_serves_ids_of_the_cpu():
+    """As the engine asks: ids, masks and pasts come and go, the model stays where it is."""
+    from copy import deepcopy
+
+    far = GPT(deepcopy(lm().model).cuda(), bpe(), "far")
+    mask = torch.tensor([[0] * 4 + [1] * 6, [1] * 10, [1] * 10])
+    for m in (None, mask):
+        here, there = lm().forward(IDS[:, :10], mask=m), far.forward(IDS[:, :10], mask=m)
+        torch.testing.assert_close(there.logits, here.logits, atol=1e-3, rtol=1e-3)
+        more = far.forward(IDS[:, 10:], past=there.past, keep=torch.tensor([0, 3]))
+        torch.testing.assert_close(more.logits, lm().forward(IDS[:, 10:], past=here.past).logits[:, [0, 3]], atol=1e-3, rtol=1e-3)
+
+
 # ---- text and files -----------------------------------------------------------------------------------------------------
 
 
