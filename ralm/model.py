@@ -366,10 +366,13 @@ class _Run:
     def convention(self) -> dict[str, Any]:
         """What must be known to compare the number with another."""
         r = self.ralm
+        read = sorted({int(i) for e in self.evidence for i in e.ids})
+        cut = r.how.cut(r.lm, r.store, read) if read and hasattr(r.how, "cut") else 0
         return {"lm": r.lm.name, "tokenizer": f"{r.lm.name}, {r.lm.vocab} tokens", "window": self.size + self.reserve,
-                "stride": self.stride, "evidence_tokens": self.reserve, "bos": "one per window", "unit": "per token",
-                "how": repr(r.how), "when": repr(r.when), "retriever": repr(r.retriever) if r.how.how != "none" else None,
-                "where": r.where, "excluded": list(self.exclude), "prompt_tokens": self.prompt}
+                "stride": self.stride, "evidence_tokens": self.reserve, "passages_read": len(read), "passages_cut": cut,
+                "bos": "one per window", "unit": "per token", "how": repr(r.how), "when": repr(r.when),
+                "retriever": repr(r.retriever) if r.how.how != "none" else None, "where": r.where,
+                "excluded": list(self.exclude), "prompt_tokens": self.prompt}
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,17 @@ def test_excluded_and_filtered_documents_are_never_read(lm, bm25, store):
     assert documents and all(int(d[1:]) % 2 == 0 for d in documents)
 
 
+def test_where_nothing_may_be_read_nothing_is_kept_free(lm, bm25):
+    """A filter that no document passes leaves the model alone, with the whole window for the text."""
+    ids, base = lm.tokenizer.encode(TEXT * 2), RALM(lm).score(lm.tokenizer.encode(TEXT * 2))
+    evens = [f"d{i}" for i in range(0, 10, 2)]
+    for where, exclude in (("even = true", evens), ("even = true and even = false", [])):
+        ralm = RALM(lm, bm25, how=Prepend(**SHAPE), when="every:4", where=where)
+        score = ralm.score(ids, exclude=exclude)
+        assert np.array_equal(score.logp, base.logp) and not score.evidence
+        assert score.convention["window"] == lm.window and score.convention["evidence_tokens"] == 0
+
+
 def test_never_retrieves_nothing_even_after_a_prompt(lm, bm25):
     ralm = RALM(lm, bm25, how=Prepend(**SHAPE), when="never")
     assert not ralm.score(TEXT, prompt="granite?").evidence

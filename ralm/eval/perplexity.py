@@ -74,8 +74,8 @@ def evaluate_perplexity(ralm: RALM, texts: Iterable[Document | str | tuple[str, 
     earlier is continued.
 
     Returns {"ppl", "word_ppl", "bits_per_byte", "nats_per_token", "tokens", "words", "bytes", "documents", "intervals",
-    "excluded_documents", "retrievals", "rows", "convention", "seconds"}. Raises UsageError without any text or for an id given
-    twice; the error of a document that cannot be scored names it."""
+    "excluded_documents", "retrievals", "passages_read", "passages_cut", "rows", "convention", "seconds"}. Raises UsageError without
+    any text or for an id given twice; the error of a document that cannot be scored names it."""
     began = time.perf_counter()
     documents = _documents(texts)
     own = _own(ralm, documents) if exclude_self and ralm.store is not None and ralm.how.how != "none" else {}
@@ -100,6 +100,7 @@ def evaluate_perplexity(ralm: RALM, texts: Iterable[Document | str | tuple[str, 
     return total.figures() | asdict(total) | {
         "intervals": {"nats_per_token": (low, high), "ppl": (_exp(low), _exp(high))},
         "excluded_documents": sum(len(r["excluded"]) for r in rows), "retrievals": sum(r["retrievals"] for r in rows),
+        **{key: sum(r.get(key, 0) for r in rows) for key in PASSAGES},
         "rows": rows, "seconds": time.perf_counter() - began,
         "convention": convention | of | {
             "window": convention.get("window"), "stride": convention.get("stride"),
@@ -108,6 +109,7 @@ def evaluate_perplexity(ralm: RALM, texts: Iterable[Document | str | tuple[str, 
             "interval": "95 % percentile bootstrap over documents, 1000 resamples"}}
 
 
+PASSAGES = ("passages_read", "passages_cut")  # distinct per document; cut: not all of their tokens fitted into their share
 OWN = "excluded from retrieval, as is every document with the same text"
 
 
@@ -162,7 +164,8 @@ def _row(ralm: RALM, d: Document, digest: str, window: int | None, stride: int |
     except Exception as e:
         e.add_note(f"while scoring the document '{d.id}'")
         raise
-    convention = {key: value for key, value in scored.convention.items() if key != "excluded"}
+    own = ("excluded", *PASSAGES)  # of this document, not of the evaluation
+    convention = {key: value for key, value in scored.convention.items() if key not in own}
     return {"id": d.id, "sha256": digest, "nats": scored.nats, "tokens": len(scored.logp), "words": scored.words,
             "bytes": scored.bytes, "excluded": list(exclude), "retrievals": len(scored.evidence),
-            "convention": convention, "seconds": scored.seconds}
+            "convention": convention, "seconds": scored.seconds} | {key: scored.convention[key] for key in PASSAGES}

@@ -49,10 +49,12 @@ class Plain:
 
 class Passages:
     """Token ids of passages as evidence: title, newline, text, newline; each cut to its share of the budget. Remembers them,
-    in the model's own memory where it has one (`PrefixCache`: a token must not cost a read of the store)."""
+    in the model's own memory where it has one (`PrefixCache`: a token must not cost a read of the store); `cut` are those that
+    did not fit."""
 
     def __init__(self, lm: LanguageModel, store, share: int):
         self.lm, self.store, self.share = lm, store, share
+        self.cut: set[int] = set()
         self.seen: dict[int, list[int]] = getattr(lm, "passages", {}).setdefault((id(store), share), {})
 
     def __call__(self, ids: Sequence[int]) -> list[list[int]]:
@@ -63,6 +65,7 @@ class Passages:
             if len(tokens) > self.share:  # the newline that ends a passage survives the cut
                 end = self.lm.tokenizer.encode("\n")
                 tokens = tokens[:max(0, self.share - len(end))] + end
+                self.cut.add(chunk.id)
             self.seen[chunk.id] = tokens[:self.share]
         return [self.seen[i] for i in ids]
 
@@ -101,6 +104,17 @@ class AtInput:
     def reserve(self, lm: LanguageModel) -> int:
         return self.tokens if self.k else 0
 
+    @property
+    def share(self) -> int:
+        """The most tokens of one passage that are read."""
+        return self.tokens
+
+    def cut(self, lm: LanguageModel, store, ids: Sequence[int]) -> int:
+        """How many of these chunks have more tokens than are read of them."""
+        passages = Passages(lm, store, self.share)
+        passages(ids)
+        return len(passages.cut)
+
 
 @dataclass(frozen=True)
 class Prepend(AtInput):
@@ -119,6 +133,10 @@ class Prepend(AtInput):
         if self.tokens < self.k:
             raise UsageError(f"tokens={self.tokens} cannot be shared by k={self.k} passages; give at least one token each")
 
+    @property
+    def share(self) -> int:
+        return self.tokens // max(1, self.k)
+
     def logprobs(self, lm: LanguageModel, ids_BT: Tensor, segments: Sequence[Segment], fetch: Callable, store) -> Iterator[Span]:
         """Yield (segment, logp_BSV). Rows of all segments run as batches; one row serves neighbours with equal evidence."""
         import torch
@@ -126,7 +144,7 @@ class Prepend(AtInput):
         from ralm.how.rows import logp_jobs
 
         ids = ids_BT.tolist()
-        passages = Passages(lm, store, self.tokens // max(1, self.k))
+        passages = Passages(lm, store, self.share)
         hits = _evidence(segments, self.k, len(ids), fetch)
         groups = [(g, segments[g[0]].start, segments[g[-1]].stop) for g in _runs(segments, hits)]
 
@@ -177,7 +195,7 @@ class Ensemble(AtInput):
         from ralm.how.rows import logp_jobs
 
         ids = ids_BT.tolist()
-        passages = Passages(lm, store, self.tokens)
+        passages = Passages(lm, store, self.share)
         hits = _evidence(segments, self.k, len(ids), fetch)
         # posterior weights look back to the retrieval: what each passage gave the tokens at .. start-1
         begins = [s.start if s.at is None or self.weights == "prior" else s.at for s in segments]

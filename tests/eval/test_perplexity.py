@@ -81,6 +81,8 @@ def test_what_is_scored_is_not_retrieved(lm, bm25):
     assert {frozenset(excluded) for excluded, _ in spy.seen} == {frozenset({"d0"}), frozenset({"d3"}), frozenset()}
     assert not any(excluded & hits for excluded, hits in spy.seen)
     assert any(hits for _, hits in spy.seen) and found["retrievals"] > 3
+    assert found["passages_read"] == sum(row["passages_read"] for row in found["rows"]) == found["passages_cut"] > 3  # of 10 tokens
+    assert not {"passages_read", "passages_cut", "excluded"} & found["convention"].keys()
     spy.seen.clear()
     own = evaluate_perplexity(ralm, texts, exclude_self=False)
     assert any("d3" in hits for _, hits in spy.seen) and own["excluded_documents"] == 0

@@ -107,6 +107,18 @@ def test_passages_are_cut_to_their_share_and_keep_their_line_break(lm, store):
             assert len(tokens) <= share and tokens[-len(newline):] == newline
 
 
+@pytest.mark.parametrize(("how", "share"), [(Prepend(k=3, query=8, tokens=24), 8), (Ensemble(k=3, query=8, tokens=40), 40)])
+def test_passages_that_do_not_fit_are_counted(lm, store, how, share):
+    """Cutting is no secret: the convention says how many of the passages that were read were cut."""
+    score = RALM(lm, Fixed(store, [1, 2, 9]), how=how, when="every:4").score("Snow lies on the granite reef.")
+    long = sum(len(passage(lm, store, c, 10_000)) > share for c in (1, 2, 9))
+    assert (score.convention["passages_read"], score.convention["passages_cut"]) == (3, long) and long > 0
+    short = next(c for c in store.chunk_ids().tolist() if len(passage(lm, store, c, 10_000)) <= 40)
+    fits = RALM(lm, Fixed(store, [short]), how=Prepend(k=1, query=8, tokens=40), when="once:1").score("Snow", prompt="G")
+    assert (fits.convention["passages_read"], fits.convention["passages_cut"]) == (1, 0)
+    assert RALM(lm).score("Snow").convention["passages_read"] == 0
+
+
 def test_a_title_stands_above_its_passage(lm, store):
     (chunk,) = [c for c in store.chunks(store.chunk_ids().tolist()) if c.document == "d1" and c.start == 0]
     assert lm.tokenizer.decode(Passages(lm, store, 500)([chunk.id])[0]) == f"T1\n{chunk.text}\n"
