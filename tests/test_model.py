@@ -15,7 +15,7 @@ from ralm.how.rows import PrefixCache  # noqa: E402
 from ralm.lm.hf import HF  # noqa: E402
 from ralm.model import RALM  # noqa: E402
 from ralm.testing import Fixed, distance  # noqa: E402
-from ralm.types import Done, Retrieved, Token  # noqa: E402
+from ralm.types import Done, Hits, Retrieved, Token  # noqa: E402
 
 SHAPE = dict(query=8, tokens=24)
 TEXT = "Snow lies on the granite reef, and Maria Holt saw the tower in winter. "
@@ -228,6 +228,17 @@ def test_stop_texts_are_not_part_of_the_text_even_across_tokens(lm):
     assert RALM(lm).generate("Granite", max_tokens=20, stop="") == whole
 
 
+def test_the_end_token_ends_the_text_and_is_no_part_of_it(lm):
+    import copy
+
+    ids = [e.id for e in RALM(lm).stream("Granite", max_tokens=12) if isinstance(e, Token)]
+    ends = copy.copy(lm)
+    ends.eos = next(i for n, i in enumerate(ids) if n > 2 and i not in ids[:n])
+    events = list(RALM(ends).stream("Granite", max_tokens=12))
+    assert [e.id for e in events if isinstance(e, Token)] == ids[:ids.index(ends.eos)] and events[-1].reason == "eos"
+    assert events[-1].tokens == ids.index(ends.eos) and events[-1].text == lm.tokenizer.decode(ids[:ids.index(ends.eos)])
+
+
 def test_tokens_add_up_to_the_text_and_split_characters_wait(lm):
     events = list(RALM(lm).stream("naïve 日本", max_tokens=24, temperature=1.5, seed=3))
     tokens = [e for e in events if isinstance(e, Token)]
@@ -270,6 +281,36 @@ def test_explain_says_what_moved(lm, bm25):
     assert set(p.documents) <= {d.id for d in bm25.store.documents()} and (p.at < np.arange(len(p.at)) + 1).all()
     alone = RALM(lm, bm25, how=Ensemble(k=2, **SHAPE), when="every:4").explain(TEXT, prompt="granite?")
     assert alone.at[0] == len(lm.tokenizer.encode("granite?"))
+
+
+def test_what_moved_is_shared_by_the_weights(lm, store):
+    """Two passages of two documents under one retrieval: the nats it moved are theirs in the proportion of their weights."""
+    for scores, share in (([2.0, 0.0], 1 / (1 + np.exp(-2.0))), ([0.0, 0.0], 0.5)):
+        p = RALM(lm, Fixed(store, [1, 9], scores), how=Ensemble(k=2, **SHAPE), when="once:1").explain("Snow on granite.")
+        first, second = (store.chunks([c])[0].document for c in (1, 9))
+        moved = float((p.logp - p.logp_lm)[p.at >= 0].sum())
+        assert first != second and abs(moved) > 0.1 and p.documents == pytest.approx(
+            {first: share * moved, second: (1 - share) * moved}, abs=1e-3)
+
+
+def test_a_blank_query_finds_nothing_and_moves_no_other(lm, store):
+    """Even where a retriever would find something for it (a dense one does); the other queries keep their own hits."""
+    ralm = RALM(lm, Alternates(store), how=Prepend(**SHAPE))
+    found = ralm._search(["", "ab", " \n", "abc", ""], 1, ())
+    assert [h.ids.tolist() for h in found] == [[[]], [[0]], [[]], [[2]], [[]]]
+    assert not RALM(lm, Alternates(store), how=Prepend(**SHAPE)).score("\n\n\n", prompt="  ").evidence[0].ids.size
+
+
+class Alternates(Fixed):
+    """Finds one of two chunks by the length of the query."""
+
+    def __init__(self, store):
+        super().__init__(store, [0, 2])
+
+    def search(self, queries, k=10, where=None, exclude=()):
+        out = Hits.empty(len(queries), k)
+        out.ids[:, 0], out.scores[:, 0] = [[0, 2][len(q) % 2] for q in queries], 0.0
+        return out
 
 
 # ---- answers ----------------------------------------------------------------------------------------------------------
