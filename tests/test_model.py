@@ -89,6 +89,12 @@ def test_excluded_and_filtered_documents_are_never_read(lm, bm25, store):
     after = read(ralm, ralm.score(ids, exclude=["d6", "d1"]))
     assert after and not {"d1", "d6"} & after
     assert "d6" not in read(ralm, ralm.score(ids, exclude="d6"))  # one id as one string is one id, not its letters
+    for exclude in ((), ["d6", "d1"]):  # streams and answers keep to it too
+        told = [e for e in ralm.stream(TEXT, max_tokens=3, exclude=exclude) if isinstance(e, Retrieved)]
+        found = {c.document for e in told for c in e.passages}
+        answered = {c.document for c in ralm.answer(TEXT, max_tokens=3, exclude=exclude).evidence}
+        for documents in (found, answered):
+            assert documents and (not {"d1", "d6"} & documents) is bool(exclude)
     even = RALM(lm, bm25, how=Prepend(k=2, **SHAPE), when="every:4", where="even = true")
     documents = read(even, even.score(ids))
     assert documents and all(int(d[1:]) % 2 == 0 for d in documents)
@@ -281,6 +287,15 @@ def test_explain_says_what_moved(lm, bm25):
     assert set(p.documents) <= {d.id for d in bm25.store.documents()} and (p.at < np.arange(len(p.at)) + 1).all()
     alone = RALM(lm, bm25, how=Ensemble(k=2, **SHAPE), when="every:4").explain(TEXT, prompt="granite?")
     assert alone.at[0] == len(lm.tokenizer.encode("granite?"))
+
+
+def test_explaining_excludes_asks_and_cuts_windows_as_scoring_does(lm, bm25):
+    ralm = RALM(lm, bm25, how=Prepend(**SHAPE), when="every:4")
+    assert "d6" in ralm.explain(TEXT).documents
+    told = dict(prompt="tower?", exclude=["d6"], window=50, stride=9, query="granite")
+    p, score = ralm.explain(TEXT, **told), ralm.score(TEXT, **told)
+    assert np.array_equal(p.logp, score.logp) and p.at.tolist() == score.at.tolist()
+    assert p.evidence[0].query == "granite" and p.documents and "d6" not in p.documents
 
 
 def test_what_moved_is_shared_by_the_weights(lm, store):

@@ -65,6 +65,17 @@ def test_sampled_cells(lm, found, cell, text, prompt, data):
     check_ralm(RALM(lm, found[name], how=how, when=when), text, prompt, positions)
 
 
+GRID = [(RETRIEVERS[(i + 2 * j) % len(RETRIEVERS)], how, when) for i, how in enumerate(FUSIONS) for j, when in enumerate(SCHEDULES)]
+
+
+@pytest.mark.parametrize(("name", "how", "when"), GRID)
+def test_every_fusion_under_every_schedule(lm, found, name, how, when):
+    """What no run leaves to chance; each retriever has its turn."""
+    assert {name for name, *_ in GRID} == set(RETRIEVERS)
+    check_ralm(RALM(lm, found[name], how=how, when=when), "Snow on the granite reef, the tower in winter: Maria Holt.", "tower?",
+               [1, 7, 24])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "how", "when"), list(itertools.product(RETRIEVERS, FUSIONS, SCHEDULES)))
 def test_every_cell(lm, found, name, how, when):
