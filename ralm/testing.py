@@ -30,16 +30,16 @@ def check_normalised(ralm: RALM, ids: Sequence[int], tolerance: float = TOLERANC
 
 
 def check_causal(ralm: RALM, ids: Sequence[int], positions: Iterable[int] | None = None, tolerance: float = TOLERANCE,
-                 seed: int = 0) -> None:
+                 seed: int = 0, prompt: str | Sequence[int] = "") -> None:
     """Law 2: changing x_t and everything after it leaves every distribution up to and including position t unchanged.
 
     This is the leak detector: a query made from tokens it is used to predict, an off-by-one in a chunk or a mask, or a
     document that gives itself away fails here."""
     rng = np.random.default_rng(seed)
-    whole = ralm.distributions(ids)
+    whole = ralm.distributions(ids, prompt=prompt)
     for t in range(1, len(ids)) if positions is None else positions:
         other = list(ids[:t]) + rng.integers(0, ralm.lm.vocab, len(ids) - t).tolist()
-        gap = distance(ralm.distributions(other)[:t + 1], whole[:t + 1])
+        gap = distance(ralm.distributions(other, prompt=prompt)[:t + 1], whole[:t + 1])
         assert gap < tolerance, f"causal: other tokens from {t} on moved an earlier distribution by {gap} nats ({ralm!r})"
 
 
@@ -134,6 +134,7 @@ def check_ralm(ralm: RALM, text: str, prompt: str = "", positions: Iterable[int]
     check_causal(ralm, ids, positions)
     check_stepwise(ralm, ids)
     if prompt:
+        check_causal(ralm, ids, (0, 1), prompt=prompt)  # the retrieval that is due where the prompt ends
         check_stepwise(ralm, ids, prompt)
         check_one_truth(ralm, prompt)
     if ralm.how.how != "none":

@@ -61,6 +61,23 @@ def test_a_query_made_of_what_it_predicts(lm, bm25, ids):
         check_causal(RALM(lm, bm25, how=QueriesTheFuture(k=1, **SHAPE), when="every:4"), ids)
 
 
+class AsksTheAnswer(Prepend):
+    """Where a prompt ends it asks with the tokens that follow; everywhere else it keeps to the rules."""
+
+    def logprobs(self, lm, ids_BT, segments, fetch, store):
+        def peek(q, k, s):
+            return fetch([lm.tokenizer.decode(ids_BT[0, s.at:].tolist())] if s.at == segments[0].start else q, k, s)
+
+        return super().logprobs(lm, ids_BT, segments, peek, store)
+
+
+def test_a_query_made_of_the_answer_to_a_prompt(lm, bm25, ids):
+    ralm = RALM(lm, bm25, how=AsksTheAnswer(k=1, **SHAPE), when="once:40")
+    check_causal(ralm, ids[:30])  # without a prompt nothing shows
+    with breaks("causal"):
+        check_causal(ralm, ids[:30], (0, 1), prompt="granite?")
+
+
 class FetchesLater(Prepend):
     """Fetches at the end of its segments, not at their beginning."""
 
