@@ -18,7 +18,7 @@ from ralm.errors import UsageError
 
 if TYPE_CHECKING:
     from ralm.model import RALM
-    from ralm.types import Citation, Retriever
+    from ralm.types import Citation, Fusion, Retriever
     from ralm.what.datastore import Datastore
 
 READER_PASSAGES, LM_PASSAGES = 10, 3
@@ -157,7 +157,7 @@ def generate(store: StoreArg, /, *prompt: Words, lm: LM = "bundled:base", how: H
     version."""
     text = said("prompt", " ".join(prompt))
     positive("--max-tokens", max_tokens)
-    system, kb = speaking(store, at, lm, how, when, retriever, where)
+    system, kb = speaking(store, at, lm, how, when, retriever, where, window)
     events = system.stream(text, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
                            stop=tuple(stop or ()), window=window, stride=stride)
     data = {"prompt": text} | _drain(events, echo=not out.json)
@@ -215,9 +215,10 @@ def opened(store: Path, at: int | None, retriever: str) -> tuple[Datastore, Retr
     return kb, find(retriever, kb)
 
 
-def speaking(store: Path, at: int | None, lm: str, how: str, when: str, retriever: str, where: str | None):
+def speaking(store: Path, at: int | None, lm: str, how: str, when: str, retriever: str, where: str | None,
+             window: int | None = None) -> tuple[RALM, Datastore]:
     """A RALM by spec strings over a datastore, and the datastore; without a retriever where `how` uses none. Wrong specs are told
-    before the model is loaded."""
+    before the model is loaded. Where `how` does not say how many tokens evidence takes, it leaves half of `window` to the text."""
     from ralm.how import fusion
     from ralm.model import RALM
     from ralm.what.datastore import Datastore
@@ -228,7 +229,21 @@ def speaking(store: Path, at: int | None, lm: str, how: str, when: str, retrieve
         kb, finder = Datastore.open(store, version=at), None
     else:
         kb, finder = opened(store, at, retriever)
-    return RALM(lm, finder, how=way, when=times, where=where), kb
+    system = RALM(lm, finder, how=way, when=times, where=where)
+    system.how = _fitted(system, how, window)
+    return system, kb
+
+
+def _fitted(system: RALM, spec: str, window: int | None = None) -> Fusion:
+    """The system's fusion with at most half of the window for evidence, where the spec leaves that open."""
+    from dataclasses import replace
+
+    from ralm.registry import parse
+
+    way, sizes = system.how, [w for w in (window, getattr(system.lm, "window", None)) if w]
+    if way.how != "input" or "tokens" in parse(spec).options or not sizes or way.tokens <= min(sizes) // 2:
+        return way
+    return replace(way, tokens=max(min(sizes) // 2, way.k, 1))
 
 
 def answering(store: Path, at: int | None, lm: str, how: str | None, when: str, retriever: str, where: str | None,
@@ -248,7 +263,9 @@ def answering(store: Path, at: int | None, lm: str, how: str | None, when: str, 
         return RALM(model, finder, where=where), k or READER_PASSAGES
     if k is None and how is None:
         k = LM_PASSAGES
-    return RALM(model, finder, how=way, when=times, where=where), k
+    system = RALM(model, finder, how=way, when=times, where=where)
+    system.how = _fitted(system, how or "prepend")
+    return system, k
 
 
 def cited(c: Citation) -> dict[str, Any]:

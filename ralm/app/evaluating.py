@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from ralm.app.asking import answering
 from ralm.app.options import LM, AskHow, At, Finder, StoreArg, WhenArg, Where, positive
-from ralm.app.terminal import Output, duration, facts, table
+from ralm.app.terminal import Output, duration, facts, number, table
 from ralm.errors import UsageError
 
 
@@ -34,6 +34,8 @@ def retrieval(store: StoreArg, /, *, retriever: Finder = "auto",
 
     positive("-k", k)
     names = [m.strip() for m in measures.split(",") if m.strip()]
+    if not names:
+        raise UsageError("--measures names none; give some, like nDCG@10,R@100")
     for name in names:
         evaluation.parse(name)  # a wrong name is told before anything is searched
     wanted, judged = trec.read_queries(queries), trec.read_qrels(qrels)
@@ -43,7 +45,7 @@ def retrieval(store: StoreArg, /, *, retriever: Finder = "auto",
         trec.write_run(run, result["run"])
     data = {key: result[key] for key in ("measures", "intervals", "queries", "convention", "seconds")}
     data |= {"version": kb.version, "run": None if run is None else str(run)}
-    out.show(data, lambda: _measure_lines(data))
+    out.show(data, lambda: _measure_lines(data, 4))
 
 
 def qa(store: Annotated[Path | None, Parameter(name="STORE", help="Folder of the datastore; none with --predictions.")] = None,
@@ -73,8 +75,11 @@ def qa(store: Annotated[Path | None, Parameter(name="STORE", help="Folder of the
     elif store is None:
         raise UsageError("--questions are asked of a datastore: ralm eval qa STORE --questions FILE")
     else:
-        data = _asked(answering(store, at, lm, how, when, retriever, where, k), questions, limit, save)
-    out.show(data, lambda: _measure_lines(data))
+        from ralm.eval.questions import read_questions
+
+        rows = read_questions(questions)[:limit]  # a wrong file is told before the model is loaded
+        data = _asked(answering(store, at, lm, how, when, retriever, where, k), rows, save)
+    out.show(data, lambda: _measure_lines(data, 2))
 
 
 def _made_elsewhere(predictions: Path, gold: Path) -> dict[str, Any]:
@@ -88,30 +93,26 @@ def _made_elsewhere(predictions: Path, gold: Path) -> dict[str, Any]:
             "missing": len(result["missing"]), "convention": result["convention"], "seconds": time.perf_counter() - began}
 
 
-def _asked(asked: Any, questions: Path, limit: int | None, save: Path | None) -> dict[str, Any]:
+def _asked(asked: Any, questions: Sequence[Any], save: Path | None) -> dict[str, Any]:
     from ralm.eval.qa import evaluate_qa
-    from ralm.eval.questions import read_questions
 
     system, k = asked
-    result = evaluate_qa(system, read_questions(questions)[:limit], k=k, predictions=save)
+    result = evaluate_qa(system, questions, k=k, predictions=save)
     kept = ("measures", "intervals", "questions", "answerable", "median_seconds", "convention", "seconds")
     return {key: result[key] for key in kept} | {"save": None if save is None else str(save), "version": system.store.version}
 
 
-def _measure_lines(data: dict[str, Any]) -> Iterator[str]:
+def _measure_lines(data: dict[str, Any], digits: int) -> Iterator[str]:
+    """Measures with `digits` after the point: shares of one have four, percentages two, small ones too."""
     rows = []
     for name, value in data["measures"].items():
         low, high = (data.get("intervals") or {}).get(name) or (None, None)
-        rows.append([name, _figure(value), "" if low is None else f"{_figure(low)} – {_figure(high)}"])
+        rows.append([name, number(value, digits), "" if low is None else f"{number(low, digits)} – {number(high, digits)}"])
     yield from table(rows, ["measure", "value", "95 % interval"], right=[1])
     yield ""
     asked = "queries" if "queries" in data else "questions"
     yield from facts({key.replace("_", " "): _short(value) for key, value in data["convention"].items() if value is not None}
                      | {asked: f"{data[asked]:,}", "took": duration(data["seconds"])})
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}" if abs(value) <= 1 else f"{value:.2f}"
 
 
 def _short(value: Any) -> str:

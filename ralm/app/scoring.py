@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from ralm import progress
 from ralm.app.asking import speaking
 from ralm.app.options import LM, At, Files, Finder, HowArg, StoreArg, Strict, WhenArg, Where, documents, positive, skip
 from ralm.app.terminal import Output, bold, count, duration, facts, number, table
@@ -20,8 +21,9 @@ def score(store: StoreArg, /, *files: Files, lm: LM = "bundled:base", how: HowAr
                                                        "can.")] = None,
           stride: Annotated[int | None, Parameter(help="Tokens predicted per window after the first; default: half of what the "
                                                        "window leaves for text.")] = None,
-          exclude_self: Annotated[bool, Parameter(show_default=False, help="A text that is itself in the datastore is not "
-                                                  "retrieved while it is scored.")] = False,
+          exclude_self: Annotated[bool, Parameter(show_default=False, help="A text that is itself in the datastore (same "
+                                                  "id or text) is not retrieved while it is scored. Without it, it may be, "
+                                                  "which flatters the figures.")] = False,
           retriever: Finder = "auto", where: Where = None, at: At = None, strict: Strict = False,
           save: Annotated[Path | None, Parameter(help="Keep each document's figures in this file (JSON lines); a run that was "
                                                       "stopped goes on from it.")] = None,
@@ -36,7 +38,11 @@ def score(store: StoreArg, /, *files: Files, lm: LM = "bundled:base", how: HowAr
     positive("--stride", stride)
     skipped: list[Any] = []
     texts = list(documents("score", files, strict, skipped))
-    system, kb = speaking(store, at, lm, how, when, retriever, where)
+    system, kb = speaking(store, at, lm, how, when, retriever, where, window)
+    inside = [d.id for d in texts if system.retriever is not None and not exclude_self and kb.has(d.id)]
+    if inside:
+        progress.note(f"{count(len(inside), 'text')} to be scored, like '{inside[0]}', may find itself in the datastore; "
+                      "--exclude-self prevents that")
     result = evaluate_perplexity(system, texts, window=window, stride=stride, exclude_self=exclude_self, ledger=save)
     result["rows"] = [{k: v for k, v in row.items() if k not in ("sha256", "convention")} for row in result["rows"]]
     data = result | {"version": kb.version, "skipped": [skip(s) for s in skipped]}

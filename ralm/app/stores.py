@@ -21,8 +21,8 @@ def build(store: StoreArg, /, *paths: Paths,
           index: Index = None, strict: Strict = False, out: Output = Output()) -> None:  # noqa: B008
     """Make a datastore from files and folders; on one that is there already, go on where a stopped build ended.
 
-    JSON: documents, chunks, version, seconds (totals of the datastore); added, updated, unchanged, added_chunks; skipped
-    [{file, reason}]; indexes, split, store. Without --index, bm25."""
+    JSON: documents, chunks, version, seconds (totals of the datastore); added, updated, unchanged, added_chunks, replaced (gave
+    way to another document of the same id); skipped [{file, reason}]; indexes, split, store. Without --index, bm25."""
     from ralm.index import build as make
     from ralm.what.datastore import Datastore
     from ralm.what.split import split as splitter
@@ -114,19 +114,31 @@ def history(store: StoreArg, /, *, out: Output = Output()) -> None:  # noqa: B00
 
 def show(store: StoreArg, /, *, at: At = None,
          id: Annotated[str | None, Parameter(name="--id", help="Show this document instead: its fields and its text.")] = None,
-         out: Output = Output()) -> None:  # noqa: B008
-    """What a datastore holds and how it was made; with --id, one document, to check a citation against.
+         ids: Annotated[bool, Parameter(name="--ids", show_default=False, help="List the ids of the documents instead; with "
+                                        "--where, of those that match.")] = False,
+         where: Where = None, out: Output = Output()) -> None:  # noqa: B008
+    """What a datastore holds and how it was made; with --id, one document, to check a citation against; with --ids, what
+    `ralm remove` would take.
 
     JSON: documents, chunks, version, seconds; store, id, split, bytes, fields {name: type} for --where, indexes
     [{name, kind, rows, bytes, settings, facts}].
-    With --id: id, text, title, source, licence, date, metadata."""
+    With --id: id, text, title, source, licence, date, metadata. With --ids: ids, documents (how many), version, seconds."""
     from ralm.what.datastore import Datastore
 
     began = time.perf_counter()
+    if id is not None and (ids or where is not None):
+        raise UsageError("--id shows one document, --ids and --where list several; give one or the other")
+    if where is not None and not ids:
+        raise UsageError("--where is for --ids; give both to list the documents that match")
     kb = Datastore.open(store, version=at)
     if id is not None:
         document = _public(kb.document(id))
         out.show(document | {"version": kb.version}, lambda: _document_lines(document))
+        return
+    if ids:
+        found = [d.id for d in kb.documents(where)]
+        listed = {"ids": found, "documents": len(found), "version": kb.version, "seconds": round(time.perf_counter() - began, 3)}
+        out.show(listed, lambda: found)
         return
     indexes = list(artifacts(store))
     data = _totals(kb, began) | {"store": str(store), "id": kb.id, "split": kb.split, "bytes": disk(store),
@@ -160,6 +172,7 @@ def _report(kb: Datastore, added: Any, skipped: list[Any], began: float, out: Ou
     files = [skip(s) for s in skipped]
     data = _totals(kb, began) | {
         "added": added.documents, "updated": added.updated, "unchanged": added.unchanged, "added_chunks": added.chunks,
+        "replaced": added.replaced,
         "skipped": files, "indexes": built(kb), "split": kb.split, "store": str(kb.path)}
     out.show(data, lambda: _report_lines(data))
 

@@ -56,7 +56,8 @@ class Datastore:
 
         split(spec)("one probe: a splitter that lacks its package or file fails here, before anything is made")
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise StoreError(f"{path} exists already; open it, or choose another path")
+            raise StoreError(f"{path} exists already" + ("; open it, or choose another path" if path.is_dir() else
+                             " and is a file, a datastore is a folder; choose another path"))
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")  # one rename makes it visible, complete
         try:
             temporary.mkdir(parents=True)
@@ -225,7 +226,8 @@ class Datastore:
         """One document. Raises StoreError where this version has none with that id."""
         at = list(self._view.positions([id]).values())
         if not at:
-            raise StoreError(f"{self.path} has no document '{id}' in version {self.version}; ralm info lists what it has")
+            raise StoreError(f"{self.path} has no document '{id}' in version {self.version}; "
+                             f"ralm show {self.path} --ids lists what it has")
         return next(self._view.read(positions=at))
 
     def has(self, id: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,13 +78,17 @@ def _json(document: Document) -> str:
                          "use text, numbers, true/false or none") from e
 
 
-def batches(documents: Iterable[Document], count: int, characters: int) -> Iterator[list[Row]]:
-    """Rows in groups of at most `count` documents or about `characters` of text. Of an id repeated in a group the last stays."""
+def batches(documents: Iterable[Document], count: int, characters: int,
+            repeated: Callable[[Row, Row], None] = lambda old, new: None) -> Iterator[list[Row]]:
+    """Rows in groups of at most `count` documents or about `characters` of text. Of an id repeated in a group the last stays;
+    `repeated` hears of every row that gives way to one with other content."""
     group: dict[str, Row] = {}
     size = 0
     for document in documents:
         r = row(document)
-        group.pop(r.id, None)
+        old = group.pop(r.id, None)
+        if old is not None and old.sha256 != r.sha256:
+            repeated(old, r)
         group[r.id] = r
         size += len(r.text)
         if len(group) >= count or size >= characters:

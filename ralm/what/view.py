@@ -175,10 +175,13 @@ class View:
             yield at
             at += 1
 
-    def hashes(self, ids: Sequence[str]) -> dict[str, str]:
-        """Content hashes of those of the ids that are there."""
+    def held(self, ids: Sequence[str]) -> dict[str, tuple[str, str]]:
+        """(content hash, source) of those of the ids that are there."""
         at = self.positions(ids)
-        return dict(zip(at, self._take(self.documents, list(at.values()), ["sha256"]).column(0).to_pylist())) if at else {}
+        if not at:
+            return {}
+        rows = self._take(self.documents, list(at.values()), ["sha256", "source"])
+        return dict(zip(at, zip(*(c.to_pylist() for c in rows.columns))))
 
     def revs_of(self, positions: Sequence[int]) -> np.ndarray:
         return self._rows[0][np.asarray(positions, np.int64)]

@@ -148,11 +148,12 @@ def _folder(root: str, seen: set[str], bad: Callable[[str, str], None], notes: l
 def _walk(folder: str, bad: Callable[[str, str], None]) -> Iterator[tuple[str, str, str]]:
     """(path relative to the argument, path, why it is left out) of every regular file, sorted, links followed once.
 
-    A stack of our own, not recursion: folders may be nested deeper than Python's stack."""
+    Links come last: a file keeps the name it has itself, whatever else points to it. A stack of our own, not recursion: folders may
+    be nested deeper than Python's stack."""
     visited: set[str] = set()
-    stack = [("", folder)]
-    while stack:
-        relative, path = stack.pop()
+    stack, links = [("", folder)], []
+    while stack or links:
+        relative, path = (stack or links).pop()
         try:
             if not os.path.isdir(path):
                 if os.path.isfile(path):  # a pipe or a device would block for ever
@@ -172,7 +173,8 @@ def _walk(folder: str, bad: Callable[[str, str], None]) -> Iterator[tuple[str, s
         for name in sorted(set(names) - aside, reverse=True):
             if name.startswith(".") or name in LEFT_OUT:
                 continue
-            stack.append((f"{relative}/{name}" if relative else name, os.path.join(path, name)))
+            inside = os.path.join(path, name)
+            (links if os.path.islink(inside) else stack).append((f"{relative}/{name}" if relative else name, inside))
 
 
 def _apart(arguments: Sequence[str], found: list[list[File]]) -> list[list[File]]:

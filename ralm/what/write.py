@@ -8,7 +8,7 @@ are deleted, and last a version that says "purge"; killed in between, the next p
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -29,10 +29,10 @@ class Added:
     updated: int = 0  # the id was there with other content
     unchanged: int = 0
     chunks: int = 0  # cut from new and updated documents
+    replaced: int = 0  # gave way to another document of the same id: one from another source, or a later one of this add
 
     def __add__(self, other: Added) -> Added:
-        return Added(self.documents + other.documents, self.updated + other.updated, self.unchanged + other.unchanged,
-                     self.chunks + other.chunks)
+        return Added(*(a + b for a, b in zip(astuple(self), astuple(other))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,23 +65,41 @@ class Writer:
         rev = self.view._text_rev
         self.next_rev = max(self.view.facts["next_rev"], int(rev[-1]) + 1 if len(rev) else 0)
         self.next_chunk = self.view.chunk_rows
-        self.written: dict[str, str] = {}  # id -> hash, of this add
+        self.written: dict[str, tuple[str, str]] = {}  # id -> (hash, source), of this add
+        self.replaced: list[int | str] = [0, ""]  # how many, and the first of them in words
         total = Added()
         with progress.task("add", unit="documents") as advance:
-            for group in batches(documents, count, characters):
+            for group in batches(documents, count, characters, self._repeated):
                 total += self._batch(group)
                 advance(len(group))
                 if len(self.written) > FRESH:
                     self.view, self.written = View(self.path, self.view.facts), {}
                 self._tidy(tables.MANY)
         self._tidy(tables.FRAGMENTS)
-        return total
+        number, first = self.replaced
+        if number:
+            progress.note(f"{number:,} {'document' if number == 1 else 'documents'} gave way to another of the same id ({first}); "
+                          "where both are wanted, give them ids of their own")
+        return replace(total, replaced=number)
+
+    def _repeated(self, old: Row, new: Row) -> None:
+        self._replaces(old.id, old.fields[1], new.fields[1])
+
+    def _replaces(self, id: str, old: str, new: str) -> None:
+        """Count a document that another of its id takes the place of; `old` and `new` are their sources."""
+        if not self.replaced[0]:
+            old, new = old or "?", new or "?"
+            self.replaced[1] = f"'{id}' of {old} to that of {new}" if old != new else f"'{id}' is twice in {new}"
+        self.replaced[0] += 1
 
     def _batch(self, group: list[Row]) -> Added:
         """One transaction."""
-        before = self.view.hashes([r.id for r in group]) | {r.id: self.written[r.id] for r in group if r.id in self.written}
-        rows = [r for r in group if before.get(r.id) != r.sha256]
+        before = self.view.held([r.id for r in group]) | {r.id: self.written[r.id] for r in group if r.id in self.written}
+        rows = [r for r in group if r.id not in before or before[r.id][0] != r.sha256]
         updated = sum(r.id in before for r in rows)
+        for r in rows:
+            if r.id in before and (r.id in self.written or before[r.id][1] != r.fields[1]):
+                self._replaces(r.id, before[r.id][1], r.fields[1])
         if not rows:
             return Added(unchanged=len(group))
         spans = [self.splitter(r.text) for r in rows]
@@ -98,7 +116,7 @@ class Writer:
                  flat[:, 0], flat[:, 1]], schema=tables.CHUNKS))
         self.next_rev, self.next_chunk = self.next_rev + len(rows), self.next_chunk + len(flat)
         self._commit(rows, revs, counts, added)
-        self.written |= {r.id: r.sha256 for r in rows}
+        self.written |= {r.id: (r.sha256, r.fields[1]) for r in rows}
         return added
 
     def _commit(self, rows: list[Row], revs: np.ndarray, counts: np.ndarray, added: Added) -> None:

@@ -56,3 +56,24 @@ def test_questions_asked_of_a_store(ralm, shared, reader, tmp_path):
     assert data["questions"] == 2
     assert ralm(*args, "--json").json["measures"] == data["measures"]  # from the file, nothing is asked again
     assert ralm(*args, "--limit", "1", "--json").json["questions"] == 1
+
+
+def test_percentages_below_one_are_still_percentages_for_people(ralm, tmp_path):
+    """1 right of 200 is 0.50 %, shown as 0.50 beside 100.00, not as a share with four digits."""
+    answers = [{"id": str(i), "question": "?", "answers": [f"answer {i}"]} for i in range(200)]
+    (tmp_path / "gold.json").write_text(json.dumps({"data": [{"paragraphs": [{"context": "", "qas": answers}]}]}))
+    (tmp_path / "said.json").write_text(json.dumps({str(i): "answer 0" if i == 0 else "no" for i in range(200)}))
+    args = ["eval", "qa", "--predictions", tmp_path / "said.json", "--gold", tmp_path / "gold.json"]
+    assert ralm(*args, "--json").json["measures"]["EM"] == pytest.approx(0.5)
+    (line,) = [line for line in ralm(*args).out.splitlines() if line.startswith("EM ")]
+    assert line.split()[1] == "0.50"
+
+
+def test_no_measures_at_all(ralm, shared, judged):
+    ran = ralm("eval", "retrieval", shared, "--queries", judged / "q.tsv", "--qrels", judged / "beir.tsv", "--measures", " , ")
+    assert ran.code == 2 and "--measures" in ran.err and ran.err.count("\n") == 1
+
+
+def test_a_wrong_questions_file_is_told_before_the_model_is_loaded(ralm, shared, tmp_path):
+    ran = ralm("eval", "qa", shared, "--questions", tmp_path / "none.jsonl", "--lm", "hf:no/such-model")
+    assert ran.code == 1 and "none.jsonl" in ran.err

@@ -49,3 +49,18 @@ def test_several_files_are_scored_one_by_one(ralm, shared, folder, tiny, tmp_pat
 def test_evidence_that_leaves_no_room_is_refused(ralm, shared, folder, tiny):
     ran = ralm("score", shared, folder / "moon.md", "--lm", tiny, "--how", "prepend:tokens=600", "-q")
     assert ran.code == 2 and "600" in ran.err and "512" in ran.err
+
+
+@pytest.mark.parametrize("how", ["prepend:k=2", "ensemble:k=2"])
+def test_evidence_leaves_half_of_a_small_window_to_the_text(ralm, shared, folder, tiny, how):
+    args = ["score", shared, folder / "moon.md", "--lm", tiny, "--how", how, "--when", "every:16", "--json"]
+    convention = ralm(*args, "--window", "128", "--stride", "64").json["convention"]
+    assert (convention["window"], convention["stride"], convention["evidence_tokens"]) == (128, 64, 64)
+    assert ralm(*args).json["convention"]["evidence_tokens"] == 256
+
+
+def test_a_text_that_may_find_itself_is_noted(ralm, shared, folder, tiny):
+    args = ["score", shared, folder / "moon.md", "--lm", tiny, "--json"]
+    assert "--exclude-self" in ralm(*args, "--how", "prepend").err
+    assert "--exclude-self" not in ralm(*args, "--how", "prepend", "--exclude-self").err
+    assert "--exclude-self" not in ralm(*args).err

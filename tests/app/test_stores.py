@@ -128,7 +128,8 @@ def test_a_stopped_build_goes_on_from_what_is_kept(ralm, tmp_path, sent, code):
             file.write(json.dumps({"id": f"d{i}", "text": f"document number {i} " + "about this and that " * 20}) + "\n")
     kb = tmp_path / "kb"
     process = subprocess.Popen([sys.executable, "-m", "ralm.app.cli", "build", str(kb), str(rows)], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               preexec_fn=lambda: signal.signal(sent, signal.SIG_DFL))  # a shell may start tests deaf to SIGINT
     until = time.monotonic() + 60
     while time.monotonic() < until and process.poll() is None and len(list(kb.glob("documents.lance/_versions/*"))) < 3:
         time.sleep(0.01)
@@ -149,3 +150,48 @@ def test_a_folder_that_cannot_be_written_is_one_line(ralm, folder, tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
     ran = ralm("build", tmp_path / "closed" / "kb", folder, "-q")
     assert ran.code == 1 and ran.err.count("\n") == 1
+
+
+def test_documents_that_give_way_to_others_of_their_id_are_counted_and_named(ralm, kb, tmp_path):
+    """Two folders with a file of the same name: the second takes the place of the first, which must not go unnoticed."""
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "moon.md").write_text("# Another moon\n\nTitan is the largest moon of Saturn.\n")
+    ran = ralm("add", kb, tmp_path / "b", "--json")
+    assert (ran.json["added"], ran.json["updated"], ran.json["replaced"]) == (0, 1, 1)
+    (said,) = [line for line in ran.err.splitlines() if "gave way" in line]
+    assert "docs0/moon.md" in said and "b/moon.md" in said
+    (tmp_path / "b" / "moon.md").write_text("Titan is the largest moon of Saturn, larger than Mercury.")
+    edited = ralm("add", kb, tmp_path / "b", "--json")  # the same file with other content is an update, nothing more
+    assert (edited.json["updated"], edited.json["replaced"]) == (1, 0) and "gave way" not in edited.err
+
+
+def test_an_id_twice_in_one_add_is_told(ralm, tmp_path):
+    (tmp_path / "twice.csv").write_text("id,text\na,The first says one thing.\na,The second says another.\nb,Alone.\nb,Alone.\n")
+    ran = ralm("build", tmp_path / "kb", tmp_path / "twice.csv", "--json")
+    assert (ran.json["documents"], ran.json["added"], ran.json["replaced"]) == (2, 2, 1)
+    assert "'a' is twice in" in ran.err
+
+
+def test_a_file_keeps_its_own_name_whatever_points_to_it(ralm, tmp_path):
+    docs = tmp_path / "docs"
+    (docs / "releases").mkdir(parents=True)
+    (docs / "releases" / "notes.txt").write_text("The notes say that the bridge is open.")
+    (docs / "a_link.txt").symlink_to("releases/notes.txt")
+    (docs / "current").symlink_to("releases")
+    ralm("build", tmp_path / "kb", docs, "-q")
+    assert ralm("show", tmp_path / "kb", "--ids", "--json").json["ids"] == ["releases/notes.txt"]
+
+
+def test_ids_show_what_remove_would_take(ralm, kb):
+    data = ralm("show", kb, "--ids", "--where", "year < 2000", "--json").json
+    assert (data["ids"], data["documents"]) == (["trench"], 1) and data.keys() >= {"version", "seconds"}
+    assert sorted(ralm("show", kb, "--ids").out.split()) == ["deep/tower.txt", "everest", "moon.md", "rivers.html", "trench"]
+    missing = ralm("show", kb, "--id", "nope")
+    assert missing.code == 1 and f"ralm show {kb} --ids" in missing.err
+    assert ralm("show", kb, "--where", "year < 2000").code == 2
+
+
+def test_a_store_that_is_a_file_is_told(ralm, folder, tmp_path):
+    (tmp_path / "kb").write_text("not a folder")
+    ran = ralm("build", tmp_path / "kb", folder, "-q")
+    assert ran.code == 1 and "is a file" in ran.err
