@@ -8,6 +8,7 @@ from ralm.errors import UsageError  # noqa: E402
 from ralm.how import fusion  # noqa: E402
 from ralm.how.input import Ensemble, Passages, Prepend  # noqa: E402
 from ralm.how.mixing import log_weights  # noqa: E402
+from ralm.how.rows import PrefixCache  # noqa: E402
 from ralm.model import RALM  # noqa: E402
 from ralm.testing import Fixed, distance  # noqa: E402
 from ralm.types import LMOut  # noqa: E402
@@ -88,6 +89,12 @@ def test_wrong_specs_are_one_line(spec, line):
     with pytest.raises(UsageError, match=line) as caught:
         fusion(spec)
     assert "\n" not in str(caught.value) and "not supported" not in str(caught.value)
+
+
+def test_remembered_passages_are_those_of_their_share(lm, store):
+    cache = PrefixCache(lm)
+    long, short = Passages(cache, store, 30)([1])[0], Passages(cache, store, 10)([1])[0]
+    assert (len(long), len(short)) == (30, 10) and Passages(cache, store, 30)([1]) == [long]
 
 
 def test_only_prepended_passages_share_their_tokens():

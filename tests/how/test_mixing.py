@@ -63,6 +63,32 @@ def test_mask_ignores_tokens_even_impossible_ones():
     assert torch.allclose(log_mix_sequences(target, w, mask), log_mix_sequences(target[:, :, :3], w))
 
 
+def test_weights_of_half_precision_scores_are_made_in_single():
+    scores = torch.tensor([[381.0, 380.0, 379.5]])
+    for dtype in (torch.float16, torch.bfloat16):
+        given = scores.to(dtype)
+        assert log_weights(given, 0.7).dtype == torch.float32
+        assert torch.allclose(log_weights(given, 0.7).double(), torch.log_softmax(given.double() / 0.7, -1), atol=1e-4)
+
+
+def test_a_posterior_over_a_long_text_keeps_its_digits():
+    """Thousands of nats are summed up; what tells the passages apart is far behind the point."""
+    g = torch.Generator().manual_seed(7)
+    logp = -8 - torch.rand(1, 1, 6000, generator=g).expand(1, 2, -1) - torch.tensor([[[0.0], [1e-4]]])
+    ours = log_posterior(torch.log(torch.tensor([[0.5, 0.5]])), logp.contiguous())
+    ratio = [math.fsum(logp[0, 0, :t].tolist()) - math.fsum(logp[0, 1, :t].tolist()) for t in (100, 3000, 5999)]
+    assert np.allclose((ours[0, 0] - ours[0, 1])[[100, 3000, 5999]], ratio, atol=1e-4) and ratio[2] > 0.5
+
+
+def test_a_past_that_no_passage_allows_leaves_the_prior():
+    logp, w = torch.full((1, 2, 3), -1.0), torch.log(torch.tensor([[0.25, 0.75]]))
+    logp[:, :, 1] = -math.inf
+    weights = log_posterior(w, logp).exp()
+    assert torch.allclose(weights, torch.tensor([[[0.25] * 3, [0.75] * 3]]))
+    logp[:, 1, 1] = -1.0  # one passage allows it: the other is out from then on
+    assert torch.allclose(log_posterior(w, logp).exp()[0, :, 2], torch.tensor([0.0, 1.0]))
+
+
 def test_temperature_must_be_positive():
     with pytest.raises(UsageError):
         log_weights(torch.zeros(1, 2), 0.0)

@@ -67,18 +67,19 @@ def test_jobs_of_a_run_share_forwards(lm, monkeypatch):
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("ABC"), st.integers(0, 3)), min_size=1, max_size=12), st.integers(0, 99))
+@given(st.lists(st.tuples(st.sampled_from("ABC"), st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=12),
+       st.integers(0, 99))
 def test_a_cache_is_exact_whatever_it_is_asked(lm, turns, seed):
     """Texts that grow under evidence that comes and goes, two rows at a time, against each row alone."""
     g = torch.Generator().manual_seed(seed)
     evidence = {name: [torch.randint(1, 290, (3 + 2 * i + j,), generator=g).tolist() for j in range(2)]
                 for i, name in enumerate("ABC")}
     cache, text = PrefixCache(lm), [0]
-    for name, more in turns:
+    for name, more, back in turns:
         text = text + torch.randint(1, 290, (more,), generator=g).tolist()
         rows = [[0, *e, *text] for e in evidence[name]]
-        for row, ours in zip(rows, cache.logp_rows(rows, [len(r) for r in rows])):
-            assert distance(ours, alone(lm, row, len(row))) < CLOSE
+        for row, ours in zip(rows, cache.logp_rows(rows, [len(r) - back for r in rows])):
+            assert ours.shape == (back + 1, lm.vocab) and distance(ours, alone(lm, row, len(row) - back)) < CLOSE
 
 
 def test_prefixes_are_reused(lm):
@@ -94,6 +95,11 @@ def test_prefixes_are_reused(lm):
     assert (cache.prefills, cache.steps) == (2, 5)
     cache.logp_rows([[0, *text[:12]]], [4])  # distributions that were dropped must be made again
     assert (cache.prefills, cache.steps) == (3, 5)
+    cache.logp_rows([[0, *text[:13]]], [14])  # only the last is kept
+    assert len(cache.logp_rows([[0, *text[:13]]], [13])[0]) == 2 and (cache.prefills, cache.steps) == (3, 7)
+    cache.logp_rows([[0, *text[:14]]], [14])  # one new, two wanted, the other is remembered
+    assert distance(cache.logp_rows([[0, *text[:14]]], [14])[0], alone(lm, [0, *text[:14]], 14)) < CLOSE
+    assert (cache.prefills, cache.steps) == (3, 8)
 
 
 def test_memory_is_bounded(lm):

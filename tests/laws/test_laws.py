@@ -56,7 +56,7 @@ def test_evidence_matters(lm, bm25):
     assert len({tuple(e.ids) for e in one.evidence}) > 1  # it changes along the text, so caches are put to the test
 
 
-@settings(max_examples=20, **quiet)
+@settings(max_examples=12, **quiet)
 @given(cell=st.tuples(st.sampled_from(RETRIEVERS), st.sampled_from(FUSIONS), st.sampled_from(SCHEDULES)), text=texts,
        prompt=prompts, data=st.data())
 def test_sampled_cells(lm, found, cell, text, prompt, data):

@@ -148,6 +148,24 @@ def test_probabilities_add_up_by_brute_force(raw):
     assert [s.answer_logp for s in reading.spans] == sorted((s.answer_logp for s in reading.spans), reverse=True)
 
 
+def test_support_is_where_the_answer_gets_its_weight(raw):
+    """One occurrence per passage, the best one, and only of passages that give the answer a twentieth of its probability."""
+    passages = ["sun moon sun", "the sun", "sun"]
+    for prior, held in (([0.6, 0.399, 0.001], {0, 1}), ([1 / 3] * 3, {0, 1, 2})):
+        reads, cuts = raw.score_passages([("What?", p, "") for p in passages], 1000, 8)
+        weight = 1.0
+        flat = [type(r)(r.spans, r.null, 0.0) for r in reads]  # relevance apart: the prior alone decides
+        reading = raw.marginalise(passages, cuts, flat, np.log(prior), 1000, weight)
+        best = normalised(reading.spans[0].text)
+        assert all(normalised(s.text) == best for s in reading.support)
+        shares = {s.passage: math.exp(s.score - reading.spans[0].answer_logp) for s in reading.support}
+        everywhere = {z: max(math.exp(math.log(prior[z]) + lp - reading.spans[0].answer_logp) for i, j, lp in read.spans
+                             if normalised(passages[z][cuts[z].offsets[i][0]:cuts[z].offsets[j][1]]) == best)
+                      for z, read in enumerate(reads) if best in normalised(passages[z])}
+        assert shares == pytest.approx({z: p for z, p in everywhere.items() if p > 0.05})
+        assert set(shares) <= held and shares
+
+
 def test_passage_order_does_not_matter(raw):
     passages, titles, logp = [TOWER, CELLS, "The keeper of 1973."], ["Tower", "Cell", "Keeper"], np.log([0.5, 0.2, 0.3])
     one = raw.read("When?", passages, logp, 10, titles)
