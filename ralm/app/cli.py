@@ -75,6 +75,9 @@ def _docstring(path: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. The console script `ralm`. With RALM_DEBUG set, what is raised passes through."""
     debug = bool(os.environ.get("RALM_DEBUG"))
+    for name in ("stdout", "stderr"):  # closed by the caller (>&-): what is said goes nowhere
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
     if not debug:
         _hush()
     previous = None

@@ -14,7 +14,8 @@ from ralm.registry import parse
 
 
 def index(store: StoreArg, /, *, index: Index = None,
-          rebuild: Annotated[bool, Parameter(help="Delete the index and build it anew; needed where settings change.")] = False,
+          rebuild: Annotated[bool, Parameter(show_default=False, help="Delete the index and build it anew; needed where settings "
+                                                             "change.")] = False,
           out: Output = Output()) -> None:  # noqa: B008
     """Build an index, or extend it to documents it lacks. Without --index: bring every index there is up to date.
 

@@ -64,6 +64,7 @@ def remove(store: StoreArg, /, *,
            id: Annotated[list[str] | None, Parameter(name="--id", help="Id of a document; may be given several times.")] = None,
            where: Where = None, out: Output = Output()) -> None:  # noqa: B008
     """Remove documents. No search finds them any more, from now on and in every index; `ralm compact --purge` deletes the text.
+    --id and --where together remove what either names; `ralm show --ids --where` shows what that is.
 
     JSON: documents, chunks, version, seconds (what is left); removed, removed_chunks."""
     from ralm.what.datastore import Datastore
@@ -78,7 +79,8 @@ def remove(store: StoreArg, /, *,
 
 
 def compact(store: StoreArg, /, *,
-            purge: Annotated[bool, Parameter(help="Also delete older versions: removed text is then nowhere on disk.")] = False,
+            purge: Annotated[bool, Parameter(show_default=False, help="Also delete older versions: removed text is then nowhere on "
+                                                           "disk.")] = False,
             out: Output = Output()) -> None:  # noqa: B008
     """Rewrite the datastore and its indexes without rows that are gone. Older versions stay readable unless --purge.
 

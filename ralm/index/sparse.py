@@ -21,6 +21,7 @@ from ralm.errors import FingerprintError, UsageError, unknown
 from ralm.index import grow, kernels, manifest
 from ralm.index.analyse import Analyser, Settings
 from ralm.index.bm25 import FORMS, TF_IDF, Form, fill_impacts
+from ralm.registry import real
 from ralm.types import Hits
 
 AS_STORED = grow.AS_STORED
@@ -32,8 +33,9 @@ class Sparse:
     """A retriever of one form. Use BM25 or TFIDF."""
 
     def __init__(self, store, form: Form, k1: float, b: float, delta: float, wish: grow.Wish, threads: int = 1):
-        if not (k1 >= 0 and 0 <= b <= 1 and delta >= 0 and np.isfinite([k1, delta]).all()):
-            raise UsageError(f"k1 = {k1}, b = {b}, delta = {delta} do not go together: k1 and delta from 0 on, b from 0 to 1")
+        if not (all(map(real, (k1, b, delta))) and k1 >= 0 and 0 <= b <= 1 and delta >= 0):
+            raise UsageError(f"k1 = {k1}, b = {b}, delta = {delta} do not go together: k1 and delta are numbers from 0 on, b is "
+                             "one from 0 to 1")
         if threads < 1:
             raise UsageError(f"threads = {threads}: at least 1")
         self.store, self.form, self.k1, self.b, self.delta, self.threads = store, form, float(k1), float(b), float(delta), threads

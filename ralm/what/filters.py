@@ -18,6 +18,8 @@ MOST = 256  # filter columns per store; further keys stay in the JSON
 HIDDEN = {"rev", "metadata", "_key", "_chunks"}
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 TYPES = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
+ENGINE = {pa.string(): "Utf8", pa.int64(): "Int64", pa.float64(): "Float64", pa.bool_(): "Boolean"}  # names in its messages
+HOLDS = {"Utf8": "text", "Int64": "numbers", "Float64": "numbers", "Boolean": "true or false"}
 TAKEN = {name.lower() for name in DOCUMENTS.names} | {"text"}
 
 
@@ -79,7 +81,19 @@ def _explain(where: str, schema: pa.Schema, error: BaseException) -> Exception:
     name = re.search(r"No field named [\"`']?([^\"`'.\s]+)", text)
     if name:
         return UnknownColumn(str(unknown("column", name[1], known(schema))))
+    clash = re.search(r"Received literal (\w+)\(.*\) and could not convert to literal of type '(\w+)'", text)
+    if clash and set(clash.groups()) <= set(HOLDS):
+        return UsageError(_clash(where, schema, *(HOLDS[g] for g in clash.groups())))
     if re.search("not found|No such file|IO error|Io error", text):
         return StoreError(f"the documents table cannot be read ({text}); open the datastore again, or restore it from a copy")
     return UsageError(f"the filter {where!r} is not understood ({text}); write a condition such as \"year > 2000 and "
                       f"licence = 'cc0'\" on: {', '.join(known(schema))}")
+
+
+def _clash(where: str, schema: pa.Schema, given: str, held: str) -> str:
+    """What to say where a filter compares a column with a value of another type; cells of csv are text, numbers or not."""
+    names = [n for n in known(schema) if HOLDS.get(ENGINE.get(schema.field(n).type, "")) == held and re.search(rf"\b{n}\b", where)]
+    name = names[0] if names else "a column"
+    way = {("numbers", "text"): f"write cast({name} as double) to compare it as a number",
+           ("text", "numbers"): "write the number without quotes"}.get((given, held), "compare like with like")
+    return f"the filter {where!r} compares {name}, which holds {held}, with {given}; {way}"

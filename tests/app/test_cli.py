@@ -68,6 +68,8 @@ WRONG = [
     ("search {kb} moon -k -3", "at least 1"),
     ("search {kb}", "query is empty"),
     ("search {kb} moon --retriever bm52", "bm25"),
+    ("search {kb} moon --retriever bm25:k1=x", "k1"),
+    ("search {kb} moon --retriever bm25:b=true", "b"),
     ("search {kb} moon --where year=", "year="),
     ("search {kb} moon --where colour=1", "colour"),
     ("search {kb} moon --run out.trec", "--queries"),
@@ -193,3 +195,12 @@ def test_demo_is_reached_lazily(ralm, monkeypatch):
     monkeypatch.setitem(sys.modules, "ralm.app.demo", types.SimpleNamespace(demo=lambda: told.append(1)))
     assert ralm("demo").code == 0
     assert told == [1]
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&-"])
+def test_streams_that_the_caller_closed(closed, shared):
+    """stdin, stdout or stderr closed by a service manager or a shell: the command does its work and says nothing there."""
+    ran = subprocess.run(f"{sys.executable} -m ralm.app.cli search {shared} moon {closed}", shell=True, executable="/bin/bash",
+                         capture_output=True, text=True)
+    assert (ran.returncode, "unexpected" in ran.stderr) == (0, False), ran
+    assert bool(ran.stdout) == (not closed.startswith(">"))
