@@ -56,7 +56,7 @@ def test_filters_are_bitmaps_over_chunks(store):
 @pytest.mark.parametrize("where, says", [("yaer > 1", "Did you mean 'year'"), ("year >", "not understood"), ("year", "boolean"),
                                          ("year > 1; drop table x", "one condition"), ("'", "not understood"),
                                          ("year > '1990'", "year, which holds numbers, with text; .* without quotes"),
-                                         ("licence > 3", r"licence, which holds text, with numbers; write cast\(licence as double\)"),
+                                         ("licence > 3", r"which holds text, with numbers; write cast\(licence as double\)"),
                                          ("year = true", "compare like with like")])
 def test_wrong_filters_are_one_line(store, where, says):
     for ask in (store.allow, lambda w: list(store.documents(w)), lambda w: store.remove(where=w)):
