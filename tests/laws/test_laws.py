@@ -79,8 +79,9 @@ def test_every_fusion_under_every_schedule(lm, found, name, how, when):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "how", "when"), list(itertools.product(RETRIEVERS, FUSIONS, SCHEDULES)))
 def test_every_cell(lm, found, name, how, when):
-    check_ralm(RALM(lm, found[name], how=how, when=when), "Snow lies on the granite reef, and Maria Holt saw the tower. " * 2,
-               "who built the lighthouse?")
+    text = "Snow lies on the granite reef, and Maria Holt saw the tower."  # every position costs all of them: T squared
+    assert 44 < len(lm.tokenizer.encode(text)) < 60  # more than the 40 tokens that a window leaves for text
+    check_ralm(RALM(lm, found[name], how=how, when=when), text, "who built the lighthouse?")
 
 
 def own(tiny):

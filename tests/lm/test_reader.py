@@ -114,8 +114,10 @@ def raw():
     from ralm.lm.reader import Reader, ReaderConfig, ReaderModel
 
     torch.manual_seed(0)
-    config = ReaderConfig(window=64, stride=40, max_span=8)
-    return Reader(ReaderModel(config), config)
+    config = ReaderConfig(window=64, stride=40, max_span=8, retriever_weight=0.6)
+    reader = Reader(ReaderModel(config), config)
+    torch.nn.init.normal_(reader.model.head.relevance.weight, std=0.1)  # it begins at zero, where all passages are alike
+    return reader
 
 
 def test_spans_are_verbatim(raw):
@@ -193,6 +195,28 @@ def test_long_passages_are_read_to_their_end(raw):
     assert sum(math.exp(lp) for *_, lp in reads[0].spans) + math.exp(reads[0].null) == pytest.approx(1, abs=1e-5)
 
 
+def test_a_long_passage_is_as_relevant_as_its_best_window(raw):
+    import torch
+
+    from ralm.lm.reader import collate
+
+    question, text = "Who built the lighthouse?", f"{CELLS} {CELLS} {TOWER} {CELLS}"
+    (read,), (cut,) = raw.score_passages([(question, text, "")], 5, 8)
+    (asked,) = raw.cutter.cut([question])
+    rows = [raw.cutter.ids(asked.ids, [], cut.ids[w.start:w.stop]) for w in windows(len(cut.ids), 64, 40)]
+    with torch.no_grad():
+        _, _, relevance = raw.model(*collate(rows))
+    assert len(rows) > 3 and relevance.max() - relevance.min() > 0.05
+    assert read.relevance == pytest.approx(float(relevance.max()), abs=1e-4)
+
+
+def test_a_title_is_read_and_is_no_place_for_answers(raw):
+    with_title = raw.read("When?", [TOWER, CELLS], k=50, titles=["Lighthouses of 1999", ""])
+    without = raw.read("When?", [TOWER, CELLS], k=50)
+    assert abs(with_title.passage_logp - without.passage_logp).max() > 1e-3 and with_title.p_null != without.p_null
+    assert all("1999" not in s.text for s in with_title.spans)
+
+
 def test_batching_changes_nothing(raw):
     items = [("When did it begin?", [TOWER, CELLS]), ("Who?", [CELLS]), ("Nothing here?", [])]
     together = raw.read_many(items)
@@ -210,8 +234,13 @@ def test_abstains_exactly_above_the_threshold(raw):
     config = raw.config
     try:
         for threshold, expected in ((reading.margin - 1e-3, True), (reading.margin + 1e-3, False)):
-            raw.config = replace(config, abstain_above=threshold)
+            never = replace(config, abstain_above=math.inf, abstain_above_retrieved=math.inf)
+            raw.config = replace(never, abstain_above=threshold)  # a passage that was given
             assert raw.marginalise([TOWER], cuts, reads, None, 5).abstain is expected
+            assert raw.marginalise([TOWER], cuts, reads, np.zeros(1), 5).abstain is False
+            raw.config = replace(never, abstain_above_retrieved=threshold)  # passages that were retrieved
+            assert raw.marginalise([TOWER], cuts, reads, np.zeros(1), 5).abstain is expected
+            assert raw.marginalise([TOWER], cuts, reads, None, 5).abstain is False
     finally:
         raw.config = config
 
