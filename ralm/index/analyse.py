@@ -104,7 +104,7 @@ class Analyser:
         terms, ptr = self(texts)
         if len(self._seen) < len(self.terms):
             old = len(self._seen)
-            self._seen, self._where = _grown(self._seen, len(self.terms)), _grown(self._where, len(self.terms))
+            self._seen, self._where = grown(self._seen, len(self.terms)), grown(self._where, len(self.terms))
             self._seen[old:] = -1
         counted = kernels.count_terms(terms, ptr, self._seen, self._where, self._stamp)
         self._stamp += len(texts)
@@ -127,10 +127,10 @@ class Analyser:
 
     def _reserve(self, runs: int, size: int) -> None:
         """Room in the table for so many more runs of so many bytes altogether."""
-        self._hashes = _grown(self._hashes, self.runs + runs)
-        self._starts = _grown(self._starts, self.runs + runs + 1)
-        self._run_ptr = _grown(self._run_ptr, self.runs + runs + 1)
-        self._blob = _grown(self._blob, int(self._starts[self.runs]) + size + 2)
+        self._hashes = grown(self._hashes, self.runs + runs)
+        self._starts = grown(self._starts, self.runs + runs + 1)
+        self._run_ptr = grown(self._run_ptr, self.runs + runs + 1)
+        self._blob = grown(self._blob, int(self._starts[self.runs]) + size + 2)
         if len(self._slots) < 2 * (self.runs + runs):
             self._slots = np.full(1 << (2 * (self.runs + runs)).bit_length(), -1, np.int32)
             kernels.rehash(self._hashes, self.runs, self._slots)
@@ -161,7 +161,7 @@ class Analyser:
                 terms.append(word)
             numbers.append(n)
         at = int(self._run_ptr[first])
-        self._run_terms = _grown(self._run_terms, at + len(numbers))
+        self._run_terms = grown(self._run_terms, at + len(numbers))
         self._run_terms[at:at + len(numbers)] = numbers
         self._run_ptr[first + 1:self.runs + 1] = at + np.cumsum(sizes)
 
@@ -229,7 +229,7 @@ def _pieces(texts: Sequence[str]) -> Iterable[list[bytes]]:
         yield piece
 
 
-def _grown(array: np.ndarray, size: int) -> np.ndarray:
+def grown(array: np.ndarray, size: int) -> np.ndarray:
     """The array, or a copy at least twice as long where `size` does not fit (its new places are not set)."""
     if len(array) >= size:
         return array

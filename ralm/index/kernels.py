@@ -1,8 +1,4 @@
-"""Compiled loops of the sparse index: bytes -> tokens -> postings -> top k. Everything here works on plain arrays.
-
-Scores are float32 and never negative, which two tricks rely on: an accumulator that no term touched holds -0.0, and as int32
-that is the smallest number there is while every touched one is >= 0 and sorts as the float does. So "shares a term" costs
-nothing to know, even where a matching chunk scores exactly 0, and the scan for candidates is an integer maximum."""
+"""Compiled loops of the sparse index: bytes -> tokens -> postings. Everything here works on plain arrays; topk.py ranks them."""
 
 from __future__ import annotations
 
@@ -12,9 +8,6 @@ from ralm.index.compiled import compiled
 
 END, OTHER, LETTER, DIGIT, LOW_LINE, HIGH, APOSTROPHE, POINT = 0, 1, 2, 3, 4, 5, 6, 7
 SEPARATOR = 0xFF  # stands after every text; no UTF-8 byte looks like it
-WINDOW = 1 << 16  # rows accumulated at a time: 256 KB stays in the second-level cache
-BLOCK = 64  # rows looked at together when candidates are gathered
-UNTOUCHED = np.int32(-(2**31))  # -0.0 as int32
 FNV_START, FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 
 
@@ -238,132 +231,3 @@ def copy_forward(term_map, to_row, row_ptr, terms, n, out_ptr, out_terms):
                 n += 1
             out_ptr[to_row[row] + 1] = n
     return n
-
-
-def accumulators() -> np.ndarray:
-    """Scratch for `search`, which leaves it as it found it. One for each thread."""
-    return np.full(WINDOW + BLOCK + 1, UNTOUCHED, np.int32)
-
-
-@compiled
-def _split(scores, ids, low, high):
-    """Partition [low, high] around its middle element, better ones (greater score, then smaller id) first: the (i, j) of Hoare."""
-    middle = (low + high) >> 1
-    score, id, i, j = scores[middle], ids[middle], low, high
-    while i <= j:
-        while scores[i] > score or (scores[i] == score and ids[i] < id):
-            i += 1
-        while scores[j] < score or (scores[j] == score and ids[j] > id):
-            j -= 1
-        if i <= j:
-            scores[i], scores[j] = scores[j], scores[i]
-            ids[i], ids[j] = ids[j], ids[i]
-            i += 1
-            j -= 1
-    return i, j
-
-
-@compiled
-def _select(scores, ids, n, k):
-    """Move the k best of n to the front, the k-th best to place k - 1."""
-    low, high = 0, n - 1
-    while low < high:
-        i, j = _split(scores, ids, low, high)
-        if k - 1 <= j:
-            high = j
-        elif k - 1 >= i:
-            low = i
-        else:
-            break
-
-
-@compiled
-def _sort(scores, ids, n):
-    """Order the first n: scores descending, ties by ascending id."""
-    lows, highs, depth = np.empty(64, np.int64), np.empty(64, np.int64), 1
-    lows[0], highs[0] = 0, n - 1
-    while depth:
-        depth -= 1
-        low, high = lows[depth], highs[depth]
-        while low < high:
-            i, j = _split(scores, ids, low, high)
-            if j - low < high - i:  # the longer side waits, so 64 places are enough
-                lows[depth], highs[depth], high = i, high, j
-            else:
-                lows[depth], highs[depth], low = low, j, i
-            depth += 1
-
-
-@compiled
-def _gather(bits, total, size, base, floor, first, allow, row_ids, scores, ids, n):
-    """Append the touched and allowed rows of a window that reach the floor, and leave every accumulator untouched again.
-
-    Where the 2k places are full the k best stay and the worst of them is the new floor. What is stored is the accumulator + base
-    as float32, so ties are the ties of the result. The last place of `bits` is scratch. Returns (held, floor)."""
-    k, scratch = len(scores) >> 1, len(bits) - 1
-    for at in range(0, size, BLOCK):
-        best = UNTOUCHED
-        for i in range(at, at + BLOCK):
-            best = max(best, bits[i])
-        if best < 0:
-            continue
-        bits[scratch] = best
-        if total[scratch] + base >= floor:
-            for i in range(at, min(at + BLOCK, size)):
-                if bits[i] >= 0 and total[i] + base >= floor and allow[first + i]:
-                    scores[n], ids[n] = total[i] + base, row_ids[first + i]
-                    n += 1
-                    if n == len(scores):
-                        _select(scores, ids, n, k)
-                        n, floor = k, scores[k - 1]
-        for i in range(at, at + BLOCK):
-            bits[i] = UNTOUCHED
-    return n, floor
-
-
-@compiled
-def search(query_ptr, terms, weights, base, indptr, rows, impacts, allow, row_ids, bits, scores, ids, held, floor):
-    """Exact top k of each query over one segment, term at a time within windows of rows.
-
-    Query q has terms[query_ptr[q]:query_ptr[q+1]] (numbers in this segment, -1 where it lacks them) with their weights >= 0 and
-    base[q] >= 0, which every hit gets. scores float32 [Q, 2k] and ids int64 [Q, 2k] hold the held[q] best so far, none of them
-    below floor[q] (at first 0 and 0); they carry over from segment to segment, and `finish` ends it. `bits` is scratch from
-    accumulators(). A score is summed in the order of the query's terms, whatever the segments: appending changes no digit."""
-    total = bits.view(np.float32)
-    for q in range(len(query_ptr) - 1):
-        a, m = query_ptr[q], query_ptr[q + 1] - query_ptr[q]
-        at, end = np.zeros(m, np.int64), np.zeros(m, np.int64)
-        for t in range(m):
-            if terms[a + t] >= 0:
-                at[t], end[t] = indptr[terms[a + t]], indptr[terms[a + t] + 1]
-        for first in range(0, len(row_ids), WINDOW):
-            last = min(first + WINDOW, len(row_ids))
-            some = False
-            for t in range(m):
-                j, stop, w = at[t], end[t], weights[a + t]
-                if last == len(row_ids):
-                    for j in range(at[t], stop):
-                        total[rows[j] - first] += w * impacts[j]
-                    some |= at[t] < stop
-                else:
-                    while j < stop and rows[j] < last:
-                        total[rows[j] - first] += w * impacts[j]
-                        j += 1
-                    some |= j > at[t]
-                    at[t] = j
-            if some:
-                held[q], floor[q] = _gather(bits, total, last - first, base[q], floor[q], first, allow, row_ids,
-                                            scores[q], ids[q], held[q])
-
-
-@compiled
-def finish(scores, ids, held, out_scores, out_ids):
-    """Write what `search` holds to its answer [Q, k], which is padded already: scores descending, ties by ascending id."""
-    k = scores.shape[1] >> 1
-    for q in range(len(held)):
-        n = min(held[q], k)
-        if held[q] > k:
-            _select(scores[q], ids[q], held[q], k)
-        _sort(scores[q], ids[q], n)
-        for i in range(n):
-            out_scores[q, i], out_ids[q, i] = scores[q, i], ids[q, i]

@@ -10,17 +10,20 @@ with the query are hits (under BM25L and BM25+ every other chunk would score the
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ralm.errors import FingerprintError, UsageError, unknown
-from ralm.index import grow, kernels, manifest
-from ralm.index.analyse import Analyser, Settings
+from ralm.index import grow, kernels, manifest, topk
+from ralm.index.analyse import Analyser, Settings, grown
 from ralm.index.bm25 import FORMS, TF_IDF, Form, fill_impacts
+from ralm.index.postings import Segment
 from ralm.registry import real
 from ralm.types import Hits
 
@@ -39,7 +42,7 @@ class Sparse:
         if threads < 1:
             raise UsageError(f"threads = {threads}: at least 1")
         self.store, self.form, self.k1, self.b, self.delta, self.threads = store, form, float(k1), float(b), float(delta), threads
-        self._wish, self._guard, self._view, self._own = wish, threading.Lock(), None, threading.local()
+        self._wish, self._guard, self._view = wish, threading.Lock(), None
         self._opened()
 
     def __repr__(self) -> str:
@@ -60,7 +63,11 @@ class Sparse:
         if k < 0:
             raise UsageError(f"k = {k}: at least 0")
         view, hits = self._opened(), Hits.empty(len(queries), k)
-        masks = view.masks(self.store.allow(where=where, exclude=exclude)) if where or len(exclude) else view.alive
+        if where or len(exclude):
+            masks = view.masks(self.store.allow(where=where, exclude=exclude))
+            spans = [topk.spans_of(mask) for mask in masks]
+        else:
+            masks, spans = view.alive, view.spans
         width = min(k, sum(map(len, masks)))
         if not len(queries) or not width:
             return hits
@@ -71,12 +78,12 @@ class Sparse:
         def run(first: int) -> None:
             piece = slice(first, min(first + step, len(queries)))
             n = piece.stop - first
-            scores, ids = np.empty((n, 2 * width), np.float32), np.empty((n, 2 * width), np.int64)
-            held, floor, bits = np.zeros(n, np.int64), np.zeros(n, np.float32), self._scratch()
-            for segment, rows, mask, impacts, numbers in zip(view.segments, view.ids, masks, view.impacts, jobs.numbers):
-                kernels.search(jobs.ptr[first:piece.stop + 1], numbers, jobs.weights, jobs.base[piece], segment.indptr,
-                               segment.rows, impacts, mask, rows, bits, scores, ids, held, floor)
-            kernels.finish(scores, ids, held, hits.scores[piece], hits.ids[piece])
+            keys, held, floor = np.empty((n, 2 * width + topk.BLOCK), np.int64), np.zeros(n, np.int64), np.zeros(n, np.float32)
+            for s, asked, mask, span, shift in zip(view.segments, jobs.asked, masks, spans, view.shifts):
+                topk.search(jobs.ptr[first:piece.stop + 1], jobs.terms, jobs.weights, jobs.base[piece], asked.numbers, asked.slots,
+                            asked.tops, s.indptr, s.rows, asked.impacts, asked.levels, asked.offsets, mask, span, shift,
+                            keys, held, floor)
+            topk.unpack(topk.ranked(keys, held), held, view.row_ids, hits.scores[piece], hits.ids[piece])
 
         if self.threads == 1:
             for first in range(0, len(queries), step):
@@ -85,11 +92,6 @@ class Sparse:
             with ThreadPoolExecutor(self.threads) as pool:
                 list(pool.map(run, range(0, len(queries), step)))
         return hits
-
-    def _scratch(self) -> np.ndarray:
-        if not hasattr(self._own, "bits"):
-            self._own.bits = kernels.accumulators()
-        return self._own.bits
 
     def _opened(self) -> View:
         """The view of the version the store is at; another one after the store has changed."""
@@ -125,17 +127,48 @@ class TFIDF(Sparse):
         super().__init__(store, TF_IDF, 0.0, 0.0, 0.0, grow.Wish(stemmer, stop, title), threads)
 
 
-class Jobs:
-    """Queries ready for the kernel: for each segment the numbers of the terms, the weights, where queries begin, what hits get."""
+class Asked:
+    """What has been worked out in one segment for the terms asked for: numbers, slots and tops by term, and what topk.py reads.
 
-    def __init__(self, ptr: np.ndarray, numbers: list[np.ndarray], weights: np.ndarray, base: np.ndarray):
-        self.ptr, self.numbers, self.weights, self.base = ptr, numbers, weights, base
+    impacts (float32) are by posting. levels and offsets have a row for each term with a slot: those in more than half as many rows
+    as there are blocks. The pages of these three come into being when they are written."""
+
+    def __init__(self, segment: Segment):
+        self.segment, self.blocks, self.terms, self.used = segment, topk.blocks_of(len(segment.ids)), 0, 0
+        self.numbers, self.slots, self.tops = np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32)
+        many = int(np.count_nonzero(2 * np.diff(segment.indptr) > self.blocks))
+        self.impacts = np.empty(len(segment.rows), np.float32)
+        self.levels = np.empty((many, topk.PARTS, self.blocks), np.uint8)
+        self.offsets = np.empty((many, self.blocks + 1), np.int32)
+
+    def learn(self, numbers: np.ndarray, fill: Callable) -> None:
+        """The next terms, by their numbers in the segment (-1: not there). fill(segment, numbers, out) computes impacts."""
+        s, first, stop = self.segment, self.terms, self.terms + len(numbers)
+        many = (numbers >= 0) & (2 * (s.indptr[numbers + 1] - s.indptr[numbers]) > self.blocks)
+        self.numbers, self.slots, self.tops = (grown(a, stop) for a in (self.numbers, self.slots, self.tops))
+        self.numbers[first:stop], self.slots[first:stop] = numbers, np.where(many, self.used + np.cumsum(many) - 1, -1)
+        self.terms, self.used = stop, self.used + int(many.sum())
+        fill(s, numbers, self.impacts)
+        topk.summarise(numbers, self.slots[first:stop], s.indptr, s.rows, self.impacts, self.tops[first:stop], self.levels,
+                       self.offsets)
+
+
+class Jobs(NamedTuple):
+    """Queries ready for the kernel: where each begins, its terms, their weights, what every hit gets; and by segment, what is known
+    of the terms."""
+
+    ptr: np.ndarray
+    terms: np.ndarray
+    weights: np.ndarray
+    base: np.ndarray
+    asked: list[Asked]
 
 
 class View:
     """The index of one version of a store, or of several as one: statistics, and what has been worked out for the terms asked for.
 
-    `n` alive chunks, `average` their mean length; per segment: ids (of the union), alive (bool), impacts (float32, by posting)."""
+    `n` alive chunks, `average` their mean length, row_ids (of the union); by segment: ids (part of them), shifts (rows before),
+    alive (bool), spans (of alive)."""
 
     def __init__(self, store, key: tuple, wish: grow.Wish):
         self.key, self.segments, self.ids, self._places = key, [], [], []
@@ -146,6 +179,9 @@ class View:
                 self.segments.append(segment)
                 self.ids.append(np.asarray(segment.ids) + offset)
                 self._places.append((offset, part.chunk_rows))
+        self.row_ids = np.concatenate([np.empty(0, np.int64), *self.ids])  # ascending
+        self.shifts = np.cumsum([0, *map(len, self.ids)])
+        self.ids = [self.row_ids[a:b] for a, b in pairwise(self.shifts)]
         self._settings = _common({path: m.settings for path, m in found.items()})
         self.alive = self.masks(store.allow())
         self._dead = [len(a) - int(a.sum()) for a in self.alive]
@@ -153,12 +189,12 @@ class View:
         total = sum(int(s.lengths[a].sum(dtype=np.int64)) for s, a in zip(self.segments, self.alive))
         self.average = total / self.n if total else 1.0  # without alive terms nothing can be found, whatever it is
         self._counts: dict[int, np.ndarray] = {}  # df of a segment with dead rows
-        self.impacts = [np.empty(len(s.rows), np.float32) for s in self.segments]  # pages come into being when written
+        self.spans = [topk.spans_of(a) for a in self.alive]
         self._forget()
 
     def _forget(self) -> None:
         self.analyser = Analyser(self._settings)
-        self._numbers = [np.empty(0, np.int32) for _ in self.segments]
+        self._asked = [Asked(s) for s in self.segments]
         self._df = np.empty(0, np.int64)
 
     def masks(self, allow: np.ndarray) -> list[np.ndarray]:
@@ -189,14 +225,19 @@ class View:
         """Cut the queries, look up and work out what no query has asked for before. One thread at a time."""
         if len(self.analyser.terms) > MEMORY:
             self._forget()
-        ptr, terms, counts, _ = self.analyser.count(queries)
-        self._learn(len(self._df), how)
+        known = len(self.analyser.terms)
+        try:
+            ptr, terms, counts, _ = self.analyser.count(queries)
+            self._learn(known, how)
+        except BaseException:
+            self._forget()  # an interrupt between two segments must not leave one of them behind
+            raise
         df = self._df[terms]
         weights = np.zeros(len(terms))
         weights[df > 0] = how.form.idf(df[df > 0].astype(np.float64), self.n) * counts[df > 0]
         sums = np.concatenate([np.zeros(1), np.cumsum(weights)])
         base = (sums[ptr[1:]] - sums[ptr[:-1]]) * how.form.absent(how.k1, how.delta)
-        return Jobs(ptr, [numbers[terms] for numbers in self._numbers], weights.astype(np.float32), base.astype(np.float32))
+        return Jobs(ptr, terms, weights.astype(np.float32), base.astype(np.float32), [copy(a) for a in self._asked])
 
     def _learn(self, first: int, how: Sparse) -> None:
         """Numbers, df and impacts of the query terms from `first` on."""
@@ -205,14 +246,19 @@ class View:
             return
         blob, starts = np.frombuffer(bytearray(b"".join(new)), np.uint8), np.zeros(len(new) + 1, np.int64)
         starts[1:] = np.cumsum([len(w) for w in new])
-        df, absent = np.zeros(len(new), np.int64), how.form.absent(how.k1, how.delta)
+        absent = how.form.absent(how.k1, how.delta)
+
+        def fill(s: Segment, numbers: np.ndarray, out: np.ndarray) -> None:
+            fill_impacts(numbers, s.indptr, s.rows, s.tfs, s.lengths, self.average, how.form.tf, how.k1, how.b, how.delta, absent,
+                         out)
+
+        self._df = grown(self._df, first + len(new))
+        df = self._df[first:first + len(new)]
+        df[:] = 0
         for i, s in enumerate(self.segments):
             numbers = kernels.find(s.blob, s.starts, blob, starts)
-            fill_impacts(numbers, s.indptr, s.rows, s.tfs, s.lengths, self.average, how.form.tf, how.k1, how.b, how.delta, absent,
-                         self.impacts[i])
-            self._numbers[i] = np.concatenate([self._numbers[i], numbers])
+            self._asked[i].learn(numbers, fill)
             df += self.df(i, numbers)
-        self._df = np.concatenate([self._df, df])
 
 
 def leaves(store, offset: int = 0) -> Iterator[tuple]:

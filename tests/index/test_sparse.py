@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ralm.errors import FingerprintError, UsageError
+from ralm.index import sparse
 from ralm.index.sparse import BM25, TFIDF
 from ralm.testing import check_retriever
 from ralm.types import Document
@@ -159,6 +160,50 @@ def test_a_union_is_one_store(tmp_path):
     BM25(make(tmp_path / "c.ralm", CATS), stemmer="none")
     with pytest.raises(FingerprintError, match=r"stemmer = 'english' and None"):
         BM25(Datastore.union(a, Datastore.open(tmp_path / "c.ralm")))
+
+
+def test_an_interrupt_while_terms_are_learnt_leaves_nothing_half_done(tmp_path, monkeypatch):
+    store = Datastore.build(tmp_path / "kb.ralm", [Document(f"d{i}", t) for i, t in enumerate(CATS)], split="none")
+    BM25(store)
+    store.add([Document("more", "cats on a mat")])
+    found, learn, calls = BM25(store), sparse.Asked.learn, []
+
+    def once(self, *args):
+        calls.append(self)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return learn(self, *args)
+
+    monkeypatch.setattr(sparse.Asked, "learn", once)
+    with pytest.raises(KeyboardInterrupt):
+        found.search(["cat mat"], 9)
+    again, fresh = found.search(["cat mat dog"], 9), BM25(store).search(["cat mat dog"], 9)
+    assert np.array_equal(again.ids, fresh.ids) and np.array_equal(again.scores, fresh.scores)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_many_blocks_with_removals_filters_and_appends(tmp_path, form):
+    """Some hundred chunks, clustered as real text is, over two segments: every hit and score as brute force has it."""
+    rng = np.random.default_rng(3)
+    texts = [" ".join(f"w{w}" for w in (rng.zipf(1.3, rng.integers(1, 40)) * (1 + i // 100)) % 90) for i in range(600)]
+    store = Datastore.build(tmp_path / "kb.ralm", [Document(f"d{i}", t, metadata={"n": i}) for i, t in enumerate(texts[:450])],
+                            split="none")
+    found = searcher(store, form, stop="none", stemmer="none")
+    store.add(Document(f"d{i}", t, metadata={"n": i}) for i, t in enumerate(texts[450:], 450))
+    store.remove([f"d{i}" for i in range(0, 600, 7)])
+    left = [i for i in range(600) if i % 7]
+    queries = ["w1 w2", "w80 w3 w3 w1", "w77", "w5 w6 w7 w8 w9 w10 w11 w12", "w1 w0"]
+    for where, mask in ((None, np.ones(600, bool)), ("n >= 300", np.arange(600) >= 300), ("n = 55", np.arange(600) == 55)):
+        for k in (1, 10, 700):
+            hits = found.search(queries, k, where=where)
+            for q, query in enumerate(queries):
+                want, shares = scores([texts[i] for i in left], query, found.settings, form)
+                row, place = hits.row(q), {i: n for n, i in enumerate(left)}
+                may = [n for n, i in enumerate(left) if shares[n] and mask[i]]
+                assert len(row.ids[0]) == min(k, len(may))
+                got = want[[place[i] for i in row.ids[0]]]
+                np.testing.assert_allclose(row.scores[0], got, rtol=1e-5, atol=1e-7)
+                np.testing.assert_allclose(got, np.sort(want[may])[::-1][:k], rtol=1e-5, atol=1e-7)
 
 
 def test_threads_give_the_same(tmp_path):
