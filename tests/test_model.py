@@ -352,7 +352,8 @@ def test_answers_of_a_reader_are_verbatim(bm25, store):
     reader.read = lambda question, texts, **given: (told.append(given), read(question, texts, **given))[1]
     ralm = RALM(reader, bm25)
     answer = ralm.answer("Who built the lighthouse of Brennick?", k=4)
-    odds = np.exp([e.score - answer.evidence[0].score for e in answer.evidence])  # the retriever's say and the titles reach the reader
+    # the retriever's say and the titles reach the reader
+    odds = np.exp([e.score - answer.evidence[0].score for e in answer.evidence])
     assert len(odds) > 1 and np.allclose(np.exp(told[0]["logp"]), odds / odds.sum())
     assert told[0]["titles"] == [store.document(e.document).title for e in answer.evidence] and any(told[0]["titles"])
     assert not answer.abstained and "Maria Holt" in answer.answer

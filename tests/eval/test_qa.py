@@ -53,6 +53,23 @@ def test_figures_by_hand(bm25):
     assert json.dumps(found)
 
 
+def test_accuracy_counts_ranks_from_one():
+    """The answer in the second passage is not in the first one, is in the first two, and a fourth question finds none."""
+    def said(name, *held):
+        return {"id": name, "answers": ["x"], "answer": "", "abstained": True, "seconds": 0.0,
+                "ctxs": [{"text": "", "has_answer": h} for h in held]}
+
+    rows = [{"id": name, "answers": ["x"]} for name in "abcd"]
+    found = measure(rows, [said("a", True, False), said("b", False, True, True), said("c", False, False, True), said("d", False)],
+                    (1, 2, 3, 4))["measures"]
+    assert {n: found.get(f"accuracy@{n}") for n in (1, 2, 3, 4)} == {1: 25, 2: 50, 3: 75, 4: None}
+
+
+def test_what_is_said_while_abstaining_is_no_answer():
+    found = evaluate_qa(lambda question: Answer("1873", True, [], [], 0.0), ROWS[:1])
+    assert found["measures"]["EM"] == 0 and found["measures"]["abstained"] == 100 and found["rows"][0]["answer"] == ""
+
+
 def test_rows_are_kept_in_dpr_form(bm25, tmp_path):
     path = tmp_path / "said.jsonl"
     found = evaluate_qa(Lookup(bm25), ROWS, k=2, predictions=path)

@@ -223,11 +223,30 @@ def test_facts_come_from_config_then_tokenizer():
     with pytest.raises(UsageError, match="pass bos=ID"):
         HF(far, bare)
     assert HF(far, bare, bos=5).bos == 5
+    named = HF(tiny.make("llama", bos_token_id=5, eos_token_id=[7, 3]), bare)
+    assert (named.bos, named.eos) == (5, 7) and HF(tiny.make("llama", bos_token_id=None, eos_token_id=7), bare).bos == 7
     with pytest.raises(UsageError, match="pass window=N"):
         HF(tiny.make("bloom"), bare, bos=0)
     with pytest.raises(UsageError, match="window=65"):
         HF(tiny.make("gpt2"), tiny.tokenizer(), window=65)
     assert HF(tiny.make("qwen2", vocab_size=320), tiny.tokenizer()).vocab == 320  # rows beyond the tokenizer's
+
+
+def test_a_model_that_was_being_trained_scores_the_same_twice():
+    """Dropout would make every score a different one."""
+    training = tiny.make("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
+    lm = HF(training, tiny.tokenizer())
+    assert torch.equal(lm.forward(IDS).logits, lm.forward(IDS).logits)
+    close(lm.forward(IDS).logits, lm_of("gpt2").forward(IDS).logits)
+
+
+def test_the_window_is_used_to_its_last_token_and_not_beyond():
+    lm, row = lm_of("llama"), torch.ones(1, 65, dtype=torch.long)
+    past = lm.forward(row[:, :63]).past
+    assert lm.forward(row[:, :64]).logits.shape == (1, 64, 290) and lm.forward(row[:, :1], past=past).past.length == 64
+    for call in (lambda: lm.forward(row), lambda: lm.forward(row[:, :2], past=past)):
+        with pytest.raises(UsageError, match="65 tokens do not fit"):
+            call()
 
 
 def test_wrong_calls_are_one_clear_line():
