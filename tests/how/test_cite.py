@@ -32,6 +32,12 @@ def test_adjacent_markers_end_the_same_statement():
         "Granite is hard.", "Snow lies on the mountain."]
 
 
+def test_a_marker_cites_for_its_own_statement_only():
+    """What stands before an earlier marker has been cited already."""
+    out = resolve("Granite is hard, very hard [2]. Holt built it [1].", [A, B])
+    assert [(n, c.quote) for n, c in out][1] == (1, "Maria Holt built the tower in 1873.")
+
+
 def test_a_statement_that_shares_nothing_cites_the_whole_passage():
     assert resolve("Quite [1]", [A])[0][1] is A
     assert support("Quite", A) is None and support("", A) is None and support("the of is", A) is None
