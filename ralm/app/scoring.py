@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from ralm import progress
 from ralm.app.asking import speaking
-from ralm.app.options import LM, At, Files, Finder, HowArg, StoreArg, Strict, WhenArg, Where, documents, positive, skip
+from ralm.app.options import LM, At, Files, Finder, HowArg, StoreArg, Strict, WhenArg, Where, documents, positive, skip, writable
 from ralm.app.terminal import Output, bold, count, duration, facts, number, table
 
 SHOWN = 10  # documents listed one by one
@@ -31,11 +31,12 @@ def score(store: StoreArg, /, *files: Files, lm: LM = "bundled:base", how: HowAr
     """Perplexity and bits per byte of texts; every document of FILE is scored on its own, no context crosses.
 
     JSON: ppl (per token), bits_per_byte, nats_per_token, tokens, bytes, convention, seconds; word_ppl, words, documents, intervals,
-    retrievals, excluded_documents, rows [{id, nats, tokens, words, bytes, ...}], version."""
+    retrievals, passages_read, passages_cut, excluded_documents, rows [{id, nats, tokens, words, bytes, ...}], version."""
     from ralm.eval.perplexity import evaluate_perplexity
 
     positive("--window", window)
     positive("--stride", stride)
+    writable("--save", save)
     skipped: list[Any] = []
     texts = list(documents("score", files, strict, skipped))
     system, kb = speaking(store, at, lm, how, when, retriever, where, window)
@@ -49,6 +50,11 @@ def score(store: StoreArg, /, *files: Files, lm: LM = "bundled:base", how: HowAr
     out.show(data, lambda: _lines(data))
 
 
+def _cut(data: dict[str, Any]) -> str:
+    read, cut = data["passages_read"], data["passages_cut"]
+    return f"; {cut:,} of {count(read, 'passage')} cut to the tokens they may take" if cut else ""
+
+
 def _lines(data: dict[str, Any]) -> Iterator[str]:
     low, high = data["intervals"]["ppl"]
     between = f"  ({number(low, 2)} – {number(high, 2)})" if data["documents"] > 1 else ""
@@ -57,7 +63,7 @@ def _lines(data: dict[str, Any]) -> Iterator[str]:
                       "word perplexity": _short(data["word_ppl"]),
                       "over": f"{count(data['documents'], 'document')}, {count(data['tokens'], 'token')}, "
                               f"{count(data['words'], 'word')}, {count(data['bytes'], 'byte')}",
-                      "retrievals": f"{data['retrievals']:,}", "took": duration(data["seconds"])})
+                      "retrievals": f"{data['retrievals']:,}" + _cut(data), "took": duration(data["seconds"])})
     if len(data["rows"]) > 1:
         yield ""
         rows = [[r["id"], f"{r['tokens']:,}", number(r["nats"] / r["tokens"] if r["tokens"] else None)]

@@ -165,7 +165,8 @@ class Ensemble(AtInput):
     """One context per passage, distributions mixed. weights="prior": per-token marginal with p(z|x) (REPLUG, RAG-Token);
     "posterior": with p(z|x, y_<t) since the retrieval, which is the per-sequence marginal (RAG-Sequence).
 
-    p(z|x) = softmax(score / temperature) over the k retrieved; BM25 scores are large, so their temperature matters."""
+    p(z|x) = softmax(score / temperature) over the k retrieved; BM25 scores are large, so their temperature matters. The posterior
+    looks back: it holds k distributions for every token since the retrieval, which is what bounds how long a text it can mix."""
 
     k: int = 4
     weights: str = "prior"

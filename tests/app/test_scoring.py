@@ -35,6 +35,14 @@ def test_a_text_in_the_store_is_not_its_own_evidence(ralm, shared, folder, tiny,
     assert alone["nats_per_token"] != leaked["nats_per_token"]
 
 
+def test_passages_that_were_cut_are_told(ralm, shared, folder, tiny):
+    args = ["score", shared, folder / "moon.md", "--lm", tiny, "--when", "every:32"]
+    data = ralm(*args, "--how", "prepend:tokens=9", "--json").json
+    assert data["passages_read"] >= data["passages_cut"] > 0
+    assert "cut to the tokens they may take" in ralm(*args, "--how", "prepend:tokens=9").out
+    assert "cut to the tokens" not in ralm(*args, "--how", "none").out
+
+
 def test_several_files_are_scored_one_by_one(ralm, shared, folder, tiny, tmp_path):
     saved = tmp_path / "rows.jsonl"
     data = ralm("score", shared, folder, "--lm", tiny, "--save", saved, "--json").json
