@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from ralm import progress
-from ralm.app.options import LM, AskHow, At, Finder, HowArg, StoreArg, WhenArg, Where, Words, positive, said
+from ralm.app.options import LM, AskHow, At, Finder, HowArg, StoreArg, WhenArg, Where, Words, positive, said, writable
 from ralm.app.terminal import Output, bold, count, dim, duration, number, wrapped
 from ralm.errors import UsageError
 
@@ -39,6 +39,7 @@ def search(store: StoreArg, /, *query: Words,
     are characters of the stored document's text. With --queries: queries [{id, query, hits}]; with --run too: run (the file),
     lines, queries (how many); a document ranks in a run where its best chunk does."""
     positive("-k", k)
+    writable("--run", run)
     if queries is None:
         if run is not None:
             raise UsageError("--run needs --queries FILE.tsv: a run is of a whole batch")
@@ -66,7 +67,11 @@ def _batch(store: Path, at: int | None, retriever: str, queries: Path, run: Path
     if run is not None:
         lines = trec.write_run(run, retrieval.search(finder, wanted, k, where=where))
         data = {"queries": len(wanted), "lines": lines, "run": str(run), **facts, "seconds": time.perf_counter() - began}
-        out.show(data, lambda: [f"{run}: {lines:,} lines for {len(wanted):,} queries in {duration(data['seconds'])}"])
+        line = f"{run}: {lines:,} lines for {len(wanted):,} queries in {duration(data['seconds'])}"
+        if not run.is_file() and not out.json:  # /dev/stdout, a pipe: the run itself is the result
+            progress.note(line)
+            return
+        out.show(data, lambda: [line])
         return
     hits = finder.search(list(wanted.values()), k=k, where=where)
     found = [{"id": name, "query": text, "hits": rows(kb, hits, q)} for q, (name, text) in enumerate(wanted.items())]

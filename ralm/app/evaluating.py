@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from ralm.app.asking import answering
-from ralm.app.options import LM, AskHow, At, Finder, StoreArg, WhenArg, Where, positive
+from ralm.app.options import LM, AskHow, At, Finder, StoreArg, WhenArg, Where, positive, writable
 from ralm.app.terminal import Output, duration, facts, number, table
 from ralm.errors import UsageError
 
@@ -33,6 +33,7 @@ def retrieval(store: StoreArg, /, *, retriever: Finder = "auto",
     from ralm.eval import trec
 
     positive("-k", k)
+    writable("--run", run)
     names = [m.strip() for m in measures.split(",") if m.strip()]
     if not names:
         raise UsageError("--measures names none; give some, like nDCG@10,R@100")
@@ -66,6 +67,7 @@ def qa(store: Annotated[Path | None, Parameter(name="STORE", help="Folder of the
     measures {EM, F1, for SQuAD 2.0 also HasAns_exact, HasAns_f1, NoAns_exact, NoAns_f1}, questions, missing (how many)."""
     for name, value in (("-k", k), ("--limit", limit)):
         positive(name, value)
+    writable("--save", save)
     if (predictions is None) != (gold is None):
         raise UsageError("--predictions and --gold belong together: the answers, and the SQuAD file they answer")
     if (predictions is None) == (questions is None):

@@ -43,6 +43,12 @@ def positive(name: str, value: int | None) -> int | None:
     return value
 
 
+def writable(name: str, path: Path | None) -> None:
+    """Raise UsageError for a file to be written into a folder that is not there: told before the work, not after it."""
+    if path is not None and not path.parent.is_dir():
+        raise UsageError(f"{name} {path} cannot be written: there is no folder {path.parent}; make it, or choose another path")
+
+
 def said(what: str, text: str) -> str:
     """Raise UsageError for an empty query, question or prompt."""
     if not text.strip():

@@ -1,5 +1,7 @@
 """search, ask and generate: what is printed can be checked against the stored document, character by character."""
 
+import os
+
 import pytest
 
 
@@ -125,3 +127,11 @@ def test_every_fusion_and_schedule_by_spec(ralm, shared, tiny, how):
 def test_what_a_reader_cannot_do_is_refused(ralm, shared, folder, reader, command):
     ran = ralm(*command, shared, folder / "moon.md", "--lm", reader, "-q")
     assert ran.code == 2 and "spans" in ran.err and ran.err.count("\n") == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/stdout"), reason="no /dev/stdout on this system")
+def test_a_run_on_stdout_is_nothing_but_the_run(program, shared, tmp_path):
+    (tmp_path / "q.tsv").write_text("a\tnatural satellite\n")
+    ran = program("search", shared, "--queries", tmp_path / "q.tsv", "--run", "/dev/stdout")
+    assert ran.stdout.splitlines()[0].startswith("a Q0 moon.md 1 ") and "lines for" in ran.stderr
+    assert all(len(line.split()) == 6 for line in ran.stdout.splitlines())

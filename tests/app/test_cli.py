@@ -74,6 +74,8 @@ WRONG = [
     ("search {kb} moon --where colour=1", "colour"),
     ("search {kb} moon --run out.trec", "--queries"),
     ("search {kb} moon --queries q.tsv", "not both"),
+    ("search {kb} --queries {folder}/moon.md --run {new}/out.trec", "no folder"),
+    ("score {kb} {folder}/moon.md --save {new}/rows.jsonl", "no folder"),
     ("ask {kb}", "question is empty"),
     ("ask {kb} who --lm bundeld:reader", "bundled"),
     ("ask {kb} who --lm bundled:raeder", "reader"),
