@@ -41,7 +41,8 @@ class MissingDependency(RalmError):
 
     def __init__(self, package: str, purpose: str, extra: str, broken: str = ""):
         why = f"which is installed but cannot be imported ({broken})" if broken else "which is not installed"
-        super().__init__(f"{purpose} needs the package '{package}', {why}: pip install {'--upgrade ' * bool(broken)}'ralm[{extra}]'")
+        upgrade = "--upgrade " if broken else ""
+        super().__init__(f"{purpose} needs the package '{package}', {why}: pip install {upgrade}'ralm[{extra}]'")
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:

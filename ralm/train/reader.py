@@ -219,7 +219,7 @@ class Run:
                                "seconds": round(self.state.seconds), "f1": f1, "em": em})
         if f1 > self.state.best:
             self.state.best = f1
-            if name == self.recipe["stage"][-1]["name"]:
+            if self.state.stage == len(self.recipe["stage"]) - 1:
                 self.export(reader)
         self.save()
 
