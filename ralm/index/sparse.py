@@ -30,6 +30,7 @@ from ralm.types import Hits
 AS_STORED = grow.AS_STORED
 PIECE = 128  # queries searched together
 MEMORY = 1 << 20  # distinct query terms remembered
+MANY = 256  # queries that pay for bounds under a new filter
 
 
 class Sparse:
@@ -68,11 +69,12 @@ class Sparse:
             spans = [topk.spans_of(mask) for mask in masks]
         else:
             masks, spans = view.alive, view.spans
+        which = (where, tuple(exclude)) if masks is not view.alive else None
         width = min(k, sum(map(len, masks)))
         if not len(queries) or not width:
             return hits
         with self._guard:
-            jobs = view.plan(queries, self)
+            jobs = view.plan(queries, self, which, masks)
         step = max(1, min(PIECE, -(-len(queries) // (4 * self.threads)) if self.threads > 1 else PIECE))
 
         def run(first: int) -> None:
@@ -133,8 +135,8 @@ class Asked:
     impacts (float32) are by posting. levels and offsets have a row for each term with a slot: those in more than half as many rows
     as there are blocks. The pages of these three come into being when they are written."""
 
-    def __init__(self, segment: Segment):
-        self.segment, self.blocks, self.terms, self.used = segment, topk.blocks_of(len(segment.ids)), 0, 0
+    def __init__(self, segment: Segment, alive: np.ndarray):
+        self.segment, self.alive, self.blocks, self.terms, self.used = segment, alive, topk.blocks_of(len(segment.ids)), 0, 0
         self.numbers, self.slots, self.tops = np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32)
         many = int(np.count_nonzero(2 * np.diff(segment.indptr) > self.blocks))
         self.impacts = np.empty(len(segment.rows), np.float32)
@@ -149,8 +151,29 @@ class Asked:
         self.numbers[first:stop], self.slots[first:stop] = numbers, np.where(many, self.used + np.cumsum(many) - 1, -1)
         self.terms, self.used = stop, self.used + int(many.sum())
         fill(s, numbers, self.impacts)
-        topk.summarise(numbers, self.slots[first:stop], s.indptr, s.rows, self.impacts, self.tops[first:stop], self.levels,
+        topk.summarise(numbers, self.slots[first:stop], s.indptr, s.rows, self.impacts, self.alive, self.tops[first:stop],
+                       self.levels, self.offsets)
+
+    def narrowed(self, under: Narrow, terms: np.ndarray) -> Asked:
+        """The same with bounds of only the rows that a filter allows, worked out for these terms where they were not yet."""
+        s, out = self.segment, copy(self)
+        under.done, under.tops = (np.concatenate([a, np.zeros(self.terms - len(a), a.dtype)]) for a in (under.done, under.tops))
+        new = np.unique(terms)
+        new = new[(self.slots[new] >= 0) & ~under.done[new]]
+        tops = np.empty(len(new), np.float32)
+        topk.summarise(self.numbers[new], self.slots[new], s.indptr, s.rows, self.impacts, under.allow, tops, under.levels,
                        self.offsets)
+        under.tops[new], under.done[new] = tops, True
+        out.tops, out.levels = under.tops, under.levels
+        return out
+
+
+class Narrow:
+    """Bounds under a filter, for one segment: tops and levels as in Asked, and for which terms they are done."""
+
+    def __init__(self, asked: Asked, allow: np.ndarray):
+        self.allow, self.levels = allow, np.empty_like(asked.levels)
+        self.done, self.tops = np.empty(0, bool), np.empty(0, np.float32)
 
 
 class Jobs(NamedTuple):
@@ -194,7 +217,8 @@ class View:
 
     def _forget(self) -> None:
         self.analyser = Analyser(self._settings)
-        self._asked = [Asked(s) for s in self.segments]
+        self._asked = [Asked(s, alive) for s, alive in zip(self.segments, self.alive)]
+        self._filter, self._narrow = None, None
         self._df = np.empty(0, np.int64)
 
     def masks(self, allow: np.ndarray) -> list[np.ndarray]:
@@ -221,8 +245,11 @@ class View:
             df = indptr[numbers + 1] - indptr[numbers]
         return np.where(numbers >= 0, df, 0)
 
-    def plan(self, queries: Sequence[str], how: Sparse) -> Jobs:
-        """Cut the queries, look up and work out what no query has asked for before. One thread at a time."""
+    def plan(self, queries: Sequence[str], how: Sparse, which: tuple | None, masks: list[np.ndarray]) -> Jobs:
+        """Cut the queries, look up and work out what no query has asked for before. One thread at a time.
+
+        which: the filter whose rows are in `masks`, None for no filter. One that comes again, or with many queries, gets bounds of
+        its own: those of all rows say little about the few it allows."""
         if len(self.analyser.terms) > MEMORY:
             self._forget()
         known = len(self.analyser.terms)
@@ -237,7 +264,16 @@ class View:
         weights[df > 0] = how.form.idf(df[df > 0].astype(np.float64), self.n) * counts[df > 0]
         sums = np.concatenate([np.zeros(1), np.cumsum(weights)])
         base = (sums[ptr[1:]] - sums[ptr[:-1]]) * how.form.absent(how.k1, how.delta)
-        return Jobs(ptr, terms, weights.astype(np.float32), base.astype(np.float32), [copy(a) for a in self._asked])
+        asked = [copy(a) for a in self._asked]
+        if which is not None:
+            if which != self._filter:
+                self._narrow = None
+            if self._narrow is None and (which == self._filter or len(queries) >= MANY):
+                self._narrow = [Narrow(a, mask) for a, mask in zip(asked, masks)]
+            self._filter = which
+            if self._narrow is not None:
+                asked = [a.narrowed(n, terms) for a, n in zip(asked, self._narrow)]
+        return Jobs(ptr, terms, weights.astype(np.float32), base.astype(np.float32), asked)
 
     def _learn(self, first: int, how: Sparse) -> None:
         """Numbers, df and impacts of the query terms from `first` on."""

@@ -18,10 +18,10 @@ import numpy as np
 
 from ralm.index.compiled import compiled
 
-SPAN_BITS, BLOCK_BITS = 4, 6
+SPAN_BITS, BLOCK_BITS = 4, 8
 SPAN, BLOCK = 1 << SPAN_BITS, 1 << BLOCK_BITS  # rows that share a bound; rows that are scored together
 PARTS = BLOCK // SPAN
-TILE = 1024  # blocks whose bounds are added up together: 16 KB
+TILE = 256  # blocks whose bounds are added up together: 16 KB
 GROUP = 16  # blocks passed over together
 UNTOUCHED = np.int32(-(2**31))  # -0.0 as int32
 LEVELS = 255
@@ -46,8 +46,8 @@ def spans_of(allow: np.ndarray) -> np.ndarray:
 
 
 @compiled
-def summarise(numbers, slots, indptr, rows, impacts, tops, levels, offsets):
-    """Bounds of terms whose impacts have just been filled in: term i has number numbers[i] (-1: not in this segment).
+def summarise(numbers, slots, indptr, rows, impacts, allow, tops, levels, offsets):
+    """Bounds of terms over the allowed rows (bool): term i has number numbers[i] (-1: not in this segment), its impacts are there.
 
     Writes its greatest impact to tops[i] and, where slots[i] >= 0, to that row of `levels` (uint8 [., PARTS, blocks]) and `offsets`
     (int32 [., blocks + 1]: its first posting in each block, counted from its first of all)."""
@@ -58,7 +58,8 @@ def summarise(numbers, slots, indptr, rows, impacts, tops, levels, offsets):
             continue
         first, stop, top = indptr[t], indptr[t + 1], np.float32(0)
         for j in range(first, stop):
-            top = max(top, impacts[j])
+            if allow[rows[j]]:
+                top = max(top, impacts[j])
         tops[i] = top
         if slots[i] < 0:
             continue
@@ -66,7 +67,8 @@ def summarise(numbers, slots, indptr, rows, impacts, tops, levels, offsets):
         level[:] = 0
         for j in range(first, stop):
             b, part = rows[j] >> BLOCK_BITS, (rows[j] >> SPAN_BITS) & (PARTS - 1)
-            level[part, b] = max(level[part, b], min(max(np.ceil(impacts[j] * scale), 1), LEVELS))
+            if allow[rows[j]]:
+                level[part, b] = max(level[part, b], min(max(np.ceil(impacts[j] * scale), 1), LEVELS))
             while block <= b:
                 offset[block] = j - first
                 block += 1
@@ -74,7 +76,7 @@ def summarise(numbers, slots, indptr, rows, impacts, tops, levels, offsets):
 
 
 @compiled
-def _bound(terms, weights, numbers, slots, tops, indptr, rows, impacts, levels, spans, bound, best, groups):
+def _bound(terms, weights, numbers, slots, tops, indptr, rows, impacts, levels, allow, spans, bound, best, groups):
     """Fill best (int32 by block, bits of float32: no allowed row scores more; 0 where no term occurs) and groups (the greatest of
     GROUP blocks each); returns the greatest. `bound` is scratch, float32 [PARTS, blocks]."""
     bound[:] = 0
@@ -83,12 +85,13 @@ def _bound(terms, weights, numbers, slots, tops, indptr, rows, impacts, levels, 
         if numbers[i] >= 0 and slots[i] < 0:
             w, j, stop = weights[t], indptr[numbers[i]], indptr[numbers[i] + 1]
             while j < stop:
-                span, top = rows[j] >> SPAN_BITS, impacts[j]
-                j += 1
+                span, top = rows[j] >> SPAN_BITS, np.float32(-1)
                 while j < stop and rows[j] >> SPAN_BITS == span:
-                    top = max(top, impacts[j])
+                    if allow[rows[j]]:
+                        top = max(top, impacts[j])
                     j += 1
-                bound[span & (PARTS - 1), span >> (BLOCK_BITS - SPAN_BITS)] += max(w * top, LEAST)
+                if top >= 0:
+                    bound[span & (PARTS - 1), span >> (BLOCK_BITS - SPAN_BITS)] += max(w * top, LEAST)
     bits = bound.view(np.int32)
     for first in range(0, len(best), TILE):
         last = min(first + TILE, len(best))
@@ -223,7 +226,8 @@ def search(query_ptr, terms, weights, base, numbers, slots, tops, indptr, rows, 
     """Exact top k of each query over one segment.
 
     Query q has terms[query_ptr[q]:query_ptr[q+1]] with their weights >= 0 and base[q] >= 0, which every hit gets. By term: numbers
-    (in this segment, -1 where it lacks them) and what `summarise` wrote. allow (bool by row) and spans_of it; shift: rows before
+    (in this segment, -1 where it lacks them) and what `summarise` wrote for these allowed rows or more. allow (bool by row) and
+    spans_of it; shift: rows before
     this segment. keys int64 [Q, 2k + BLOCK] hold the held[q] <= k best so far, none of them below floor[q] (at first 0 and 0); they
     carry over from segment to segment, and `unpack` ends it."""
     k, blocks = (keys.shape[1] - BLOCK) >> 1, spans.shape[1]
@@ -234,7 +238,8 @@ def search(query_ptr, terms, weights, base, numbers, slots, tops, indptr, rows, 
     for q in range(len(query_ptr) - 1):
         here = slice(query_ptr[q], query_ptr[q + 1])
         own, own_weights, found, n, m = terms[here], weights[here], keys[q], held[q], query_ptr[q + 1] - query_ptr[q]
-        greatest = _bound(own, own_weights, numbers, slots, tops, indptr, rows, impacts, levels, spans, bound, best, groups)
+        greatest = _bound(own, own_weights, numbers, slots, tops, indptr, rows, impacts, levels, allow, spans, bound, best,
+                          groups)
         need, above, at = _need(floor[q], base[q], m), np.int32(2**31 - 1), np.empty(m, np.int64)
         if greatest < need:
             continue

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ralm.index import topk
 
-BIG = 2 * topk.TILE * topk.BLOCK // 3
+BIG = 4 * topk.TILE * topk.BLOCK // 3
 
 
 class Segment:
@@ -21,13 +21,14 @@ class Segment:
         self.impacts = rng.integers(0, 3, n).astype(np.float32) if ties else rng.random(n, dtype=np.float32) ** 3
         self.count = rows
 
-    def summarise(self, numbers, dense):
+    def summarise(self, numbers, dense, allow=None):
         """What View keeps for terms with these numbers."""
         many, blocks = int(dense.sum()), topk.blocks_of(self.count)
         self.numbers, self.tops = numbers, np.empty(len(numbers), np.float32)
         self.slots = np.where(dense, np.cumsum(dense) - 1, -1).astype(np.int32)
         self.levels, self.offsets = np.empty((many, topk.PARTS, blocks), np.uint8), np.empty((many, blocks + 1), np.int32)
-        topk.summarise(numbers, self.slots, self.indptr, self.rows, self.impacts, self.tops, self.levels, self.offsets)
+        topk.summarise(numbers, self.slots, self.indptr, self.rows, self.impacts,
+                       np.ones(self.count, bool) if allow is None else allow, self.tops, self.levels, self.offsets)
 
     def all(self, terms, weights):
         """(float32 sum for every row in the order of the terms, whether any term is there)"""
@@ -66,7 +67,7 @@ def check(segments, allow, ptr, terms, weights, base, k):
         assert np.array_equal(scores[q, :len(want)], total[want]) and np.isneginf(scores[q, len(want):]).all()
 
 
-@given(seed=st.integers(0, 2**32 - 1), rows=st.lists(st.sampled_from([1, 15, 64, 65, 700, 3000]), min_size=1, max_size=3),
+@given(seed=st.integers(0, 2**32 - 1), rows=st.lists(st.sampled_from([1, 15, 256, 257, 700, 9000]), min_size=1, max_size=3),
        k=st.sampled_from([1, 3, 10, 100, 5000]), ties=st.booleans(), clustered=st.booleans(), base=st.sampled_from([0.0, 0.7, 1e4]),
        share=st.sampled_from([1.0, 0.9, 0.02, 0.0]))
 @settings(max_examples=100, deadline=None)
@@ -74,15 +75,16 @@ def test_search_is_a_sort(seed, rows, k, ties, clustered, base, share):
     """Over segments: scores, ties by ascending id, touched rows that score 0, untouched and disallowed rows left out."""
     rng = np.random.default_rng(seed)
     T, segments = 7, []
-    for n in rows:
+    allow = [np.ones(n, bool) if share == 1.0 else rng.random(n) < share for n in rows]
+    for n, mask in zip(rows, allow):
         s = Segment(rng, n, [0.9, 0.4, 0.1, 0.1, 0.03, 0.01, 0.003], ties, clustered)
-        s.summarise(np.where(rng.random(T) < 0.1, -1, rng.permutation(T)).astype(np.int32), rng.random(T) < 0.5)
+        s.summarise(np.where(rng.random(T) < 0.1, -1, rng.permutation(T)).astype(np.int32), rng.random(T) < 0.5,
+                    mask if seed % 2 else None)
         segments.append(s)
     sizes = rng.integers(0, 6, 4)
     ptr = np.concatenate([[0], sizes.cumsum()]).astype(np.int64)
     terms = rng.integers(0, T, ptr[-1]).astype(np.int32)
     weights = (rng.integers(0, 3, ptr[-1]) if ties else rng.random(ptr[-1]) * 5).astype(np.float32)
-    allow = [np.ones(n, bool) if share == 1.0 else rng.random(n) < share for n in rows]
     check(segments, allow, ptr, terms, weights, np.full(4, base, np.float32), k)
 
 
@@ -97,15 +99,15 @@ def test_more_blocks_than_a_tile(k):
 
 def test_most_rows_are_passed_over():
     """Rows beside the good ones are not even read: their postings are made unusable after the bounds are taken."""
-    rows, rng = 64 * 400, np.random.default_rng(0)
+    rows, rng = topk.BLOCK * 100, np.random.default_rng(0)
     s = Segment(rng, rows, [1.0], False, False)
     s.impacts[:] = rng.random(rows, dtype=np.float32) * 0.5
-    s.impacts[64 * 100:64 * 120] += 1  # more blocks than are scored first
+    s.impacts[topk.BLOCK * 30:topk.BLOCK * 50] += 1  # more blocks than are scored first
     s.summarise(np.zeros(1, np.int32), np.array([True]))
-    s.impacts[:64 * 100], s.impacts[64 * 120:] = 1e9, 1e9
+    s.impacts[:topk.BLOCK * 30], s.impacts[topk.BLOCK * 50:] = 1e9, 1e9
     one, none = np.ones(1, np.float32), np.zeros(1, np.float32)
     _, ids = found([s], [np.ones(rows, bool)], np.array([0, 1]), np.zeros(1, np.int32), one, none, 5)
-    assert (ids // 3 >= 64 * 100).all() and (ids // 3 < 64 * 120).all()
+    assert (ids // 3 >= topk.BLOCK * 30).all() and (ids // 3 < topk.BLOCK * 50).all()
 
 
 @given(st.lists(st.booleans(), max_size=200))
