@@ -135,9 +135,9 @@ def squad(data: Path) -> None:
         print(f"{len(asked)} questions, {store.n_chunks} paragraphs; seconds are wall, cpu for all questions in one batch")
         for name, found in {
             "bm25": Hybrid(store, "bm25"), "dense static": static, "dense minilm": minilm,
-            "hybrid bm25 + static": Hybrid(store, ["bm25", static]),
+            "hybrid bm25 + static, rrf": Hybrid(store, ["bm25", static], fusion="rrf"),
             "hybrid bm25 + static, score": Hybrid(store, ["bm25", static], fusion="score"),
-            "hybrid bm25 + minilm": Hybrid(store, ["bm25", minilm]),
+            "hybrid bm25 + minilm, rrf": Hybrid(store, ["bm25", minilm], fusion="rrf"),
             "hybrid bm25 + minilm, score": Hybrid(store, ["bm25", minilm], fusion="score"),
             "bm25, minilm re-ranks 20": Hybrid(store, "bm25", depth=20, rerank="minilm"),
             "bm25, minilm re-ranks 50": Hybrid(store, "bm25", depth=50, rerank="minilm"),

@@ -1,7 +1,7 @@
 """Several retrievers as one, and re-ranking on top. `Hybrid(store, parts=("bm25", "dense"), rerank="minilm", depth=30)`
 
-    hybrid                                    bm25 and dense, reciprocal rank fusion
-    hybrid:fusion=score                       min-max normalised scores, added
+    hybrid                                    bm25 and dense, min-max normalised scores added
+    hybrid:fusion=rrf                         reciprocal rank fusion
     hybrid:parts=bm25+dense,weights=2+1       parts and weights are joined by +
     hybrid:rerank=minilm,depth=30             the 30 best once more, by the cosine of MiniLM
     hybrid:parts=bm25,rerank=cross:NAME       one retriever, re-ranked by a cross-encoder
@@ -27,14 +27,15 @@ FUSIONS = ("rrf", "score")
 class Hybrid:
     """A retriever made of others over the same store.
 
-    parts: retriever specs, or retrievers, as a sequence or one text joined by "+". fusion: rrf or score. weights: one for each
+    parts: retriever specs, or retrievers, as a sequence or one text joined by "+". fusion: score or rrf (the first
+    ranks better on SQuAD and NQ passages, see docs/log.md). weights: one for each
     part (default: equal). k0: the constant of rrf. depth: how many hits of each part are fused, and how many of the fused ones are
     re-ranked; at least k always. rerank: see rerank.py. blend: with a number above 0, candidates are ranked by blend * score
     before + score of the re-ranker, both min-max normalised over the candidates. Scores are those of the last stage; chunks below
     the re-ranked ones are not given, so that a list holds scores of one kind (with rerank, k beyond depth re-ranks k).
     Raises UsageError for options that do not go together, and what the parts raise."""
 
-    def __init__(self, store, parts: Sequence[str | Retriever] | str = ("bm25", "dense"), fusion: str = "rrf", k0: float = 60,
+    def __init__(self, store, parts: Sequence[str | Retriever] | str = ("bm25", "dense"), fusion: str = "score", k0: float = 60,
                  weights: Sequence[float] | str | float | None = None, depth: int = 100, rerank: str | None = None,
                  blend: float = 0):
         specs = parts.split("+") if isinstance(parts, str) else list(parts)
@@ -84,7 +85,7 @@ class Hybrid:
         return out
 
 
-def fuse(found: Sequence[Hits], k: int, fusion: str = "rrf", k0: float = 60, weights: Sequence[float] | None = None) -> Hits:
+def fuse(found: Sequence[Hits], k: int, fusion: str = "score", k0: float = 60, weights: Sequence[float] | None = None) -> Hits:
     """One ranking out of several of the same queries (see the module's text): Hits [Q, k]."""
     weights = [1.0] * len(found) if weights is None else weights
     out = Hits.empty(len(found[0].ids), k)

@@ -40,10 +40,10 @@ def hits(*rows):
 
 def test_reciprocal_rank_fusion_by_hand():
     a, b = hits([(7, 9.0), (3, 5.0), (1, 4.0)]), hits([(3, 0.9), (8, 0.8)])
-    got = fuse([a, b], 4)
+    got = fuse([a, b], 4, "rrf")
     assert got.ids[0].tolist() == [3, 7, 8, 1]
     np.testing.assert_allclose(got.scores[0], [1 / 62 + 1 / 61, 1 / 61, 1 / 62, 1 / 63], rtol=1e-6)
-    got = fuse([a, b], 5, weights=[2, 1], k0=0)
+    got = fuse([a, b], 5, "rrf", weights=[2, 1], k0=0)
     assert got.ids[0].tolist() == [3, 7, 1, 8, -1]  # 2/2 + 1/1 = 2, 2/1 = 2, 2/3, 1/2: the tie goes to the smaller id
     np.testing.assert_allclose(got.scores[0][:4], [2, 2, 2 / 3, 1 / 2])
 
@@ -78,7 +78,7 @@ def test_fusion_is_brute_force(lists, k, k0, weighted, fusion):
 
 
 @pytest.mark.parametrize("spec", [
-    "hybrid", "hybrid:fusion=score", "hybrid:parts=bm25+dense,weights=2+1,k0=10", "hybrid:parts=bm25",
+    "hybrid", "hybrid:fusion=rrf", "hybrid:parts=bm25+dense,weights=2+1,k0=10", "hybrid:parts=bm25",
     "hybrid:parts=tfidf+bm25+dense",
     "hybrid:parts=bm25,rerank=TABLE,depth=9,blend=1",
     "hybrid:rerank=TABLE,depth=7", "hybrid:parts=bm25,rerank=TABLE", "hybrid:parts=dense,rerank=cross:CROSS,depth=5"])
