@@ -91,7 +91,7 @@ def _explain(where: str, schema: pa.Schema, error: BaseException) -> Exception:
 
 
 def _clash(where: str, schema: pa.Schema, given: str, held: str) -> str:
-    """What to say where a filter compares a column with a value of another type; cells of csv are text, numbers or not."""
+    """What to say where a filter compares a column with a value of another type."""
     names = [n for n in known(schema) if HOLDS.get(ENGINE.get(schema.field(n).type, "")) == held and re.search(rf"\b{n}\b", where)]
     name = names[0] if names else "a column"
     way = {("numbers", "text"): f"write cast({name} as double) to compare it as a number",

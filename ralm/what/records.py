@@ -3,7 +3,8 @@
 A row is {"id", "text", "title"?, "source"?, "licence"?, "date"?, anything else}. Other names in use are taken too (NAMES): BEIR's
 _id, Pyserini's docid and contents, DPR's psg_id and passage. Everything else becomes metadata: numbers, text and booleans as they
 are, nested values as JSON text, one object called metadata or meta flattened. A row without an id is FILE:LINE; one whose text is
-empty but which has a title (BEIR has such) takes its title as text. Cells of csv and tsv are text: nothing is guessed a number."""
+empty but which has a title (BEIR has such) takes its title as text. A further column of csv or tsv holds numbers where every cell
+of the first SAMPLE rows is one as Python writes it (12, 2.5; not 007 or 2.50, whose writing may say something): nothing is lost."""
 
 from __future__ import annotations
 
@@ -23,6 +24,8 @@ NAMES = {"id": ("id", "_id", "docid", "psg_id"), "text": ("text", "contents", "p
          "source": ("source", "url"), "licence": ("licence", "license"), "date": ("date",)}
 NO_TEXT = f"has no {', '.join(NAMES['text'][:-1])} or {NAMES['text'][-1]}"
 ROWS = 512  # rows of a parquet batch
+SAMPLE = 1000  # rows of a csv or tsv file whose cells decide what a column holds
+KNOWN = {name for names in NAMES.values() for name in names}
 
 Row = tuple[int, Any]  # (line or row number from 1, the row or the Reason why it is none)
 Remark = Callable[[str], None]
@@ -185,7 +188,7 @@ def csv_file(stream: io.BufferedReader, remark: Remark) -> Iterator[Row]:
             if cells:
                 yield start, _named(header, cells)
 
-    return rest()
+    return _typed(rest())
 
 
 def _unbroken(stream: io.BufferedReader, remark: Remark, place: list[int]) -> Iterator[str]:
@@ -213,8 +216,7 @@ def _header(line: str) -> tuple[list[str], str]:
 
 def _names(cells: Sequence[str]) -> list[str]:
     """Column names; those of NAMES are known in any case, as spreadsheets like to write Title."""
-    known = {name for names in NAMES.values() for name in names}
-    return [c.strip().lower() if c.strip().lower() in known else c.strip() for c in cells]
+    return [c.strip().lower() if c.strip().lower() in KNOWN else c.strip() for c in cells]
 
 
 def _named(header: Sequence[str], cells: Sequence[str]) -> Any:
@@ -223,7 +225,59 @@ def _named(header: Sequence[str], cells: Sequence[str]) -> Any:
     return dict(zip(header, cells))
 
 
+def _typed(rows: Iterator[Row]) -> Iterator[Row]:
+    """The same rows with numbers in the columns that hold numbers; a cell there that is none stays text, an empty one is None."""
+    sample: list[Row] = []
+    size, fault = 0, None
+    try:
+        for row in rows:
+            sample.append(row)
+            size += 0 if isinstance(row[1], Reason) else sum(map(len, row[1].values()))
+            if len(sample) == SAMPLE or size > BLOCK:
+                break
+    except Reason as e:  # what was read before counts
+        fault = e
+    numbers = _numbers([row for _, row in sample if not isinstance(row, Reason)])
+    for number, row in sample:
+        yield number, _cast(row, numbers)
+    if fault is not None:
+        raise fault
+    for number, row in rows:
+        yield number, _cast(row, numbers)
+
+
+def _numbers(rows: Sequence[Mapping[str, str]]) -> dict[str, type]:
+    """int or float for each column, not among NAMES, whose cells all are written so."""
+    out: dict[str, type] = {}
+    for name in rows[0].keys() - KNOWN if rows else ():
+        cells = {row[name] for row in rows} - {""}
+        for kind in (int, float):
+            if cells and all(_is(kind, cell) for cell in cells):
+                out[name] = kind
+                break
+    return out
+
+
+def _is(kind: type, cell: str) -> bool:
+    try:
+        return (str(kind(cell)) == cell and math.isfinite(kind(cell))) or (kind is float and _is(int, cell))
+    except (ValueError, OverflowError):
+        return False
+
+
+def _cast(row: Any, numbers: Mapping[str, type]) -> Any:
+    if isinstance(row, Reason) or not numbers:
+        return row
+    return row | {name: None if row[name] == "" else kind(row[name]) if _is(kind, row[name]) else row[name]
+                  for name, kind in numbers.items()}
+
+
 def tsv(stream: io.BufferedReader, remark: Remark) -> Iterator[Row]:
+    """Rows of tab-separated lines, see _tsv."""
+    return _typed(_tsv(stream, remark))
+
+
+def _tsv(stream: io.BufferedReader, remark: Remark) -> Iterator[Row]:
     """One row a line. With a header as DPR's psgs_w100.tsv (id, text, title), or without as MS MARCO's collection.tsv (id, text).
 
     Quotes are undone only where they enclose a whole cell and are doubled inside, as DPR writes them: MS MARCO has bare ones."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ralm.errors import ReadError
 from ralm.what.read import read
-from ralm.what.records import NAMES, document
+from ralm.what.records import NAMES, SAMPLE, document
 
 KNOWN = {name for names in NAMES.values() for name in names} | {"meta", "metadata"}
 TEXT = st.text(min_size=1, max_size=40)
@@ -127,8 +127,29 @@ def test_csv_ids_count_physical_lines_and_ragged_rows_are_named(tmp_path):
     path, skipped = write(tmp_path / "a.csv", 'text,year\n"two\nlines",2020\nshort\n"x",1,2\nend,2021\n'), []
     documents = list(read(path, skipped=skipped))
     assert [(d.id, d.text, dict(d.metadata)) for d in documents] == [
-        ("a.csv:2", "two\nlines", {"year": "2020"}), ("a.csv:6", "end", {"year": "2021"})]
+        ("a.csv:2", "two\nlines", {"year": 2020}), ("a.csv:6", "end", {"year": 2021})]
     assert len(skipped) == 1 and skipped[0][1].startswith("2 rows: has not as many cells as the header (2)")
+
+
+@pytest.mark.parametrize("name, separator", [("a.csv", ","), ("a.tsv", "\t")])
+def test_columns_of_numbers_are_numbers_and_lose_nothing(tmp_path, name, separator):
+    head = ["id", "text", "year", "price", "zip", "version", "mixed", "empty", "big"]
+    rows = [["7", "one", "1899", "2.5", "01067", "3.9", "3", "", "9" * 30], ["8", "two", "", "3", "10115", "3.10", "n.d.", "", "1"]]
+    rows += [["9", f"row {i}", "2000", "4.25", "1", "3.9", "3", "", "2"] for i in range(SAMPLE)]
+    rows += [["10", "late", "c. 1900", *"12345", ""]]
+    path = write(tmp_path / name, "\n".join(separator.join(r) for r in [head, *rows]))
+    first, second, *_, last = (dict(d.metadata) for d in read(path))
+    assert first == {"year": 1899, "price": 2.5, "zip": "01067", "version": "3.9", "mixed": "3", "empty": "", "big": int("9" * 30)}
+    assert second == {"year": None, "price": 3.0, "zip": "10115", "version": "3.10", "mixed": "n.d.", "empty": "", "big": 1}
+    assert last["year"] == "c. 1900" and last["price"] == 1.0 and last["big"] is None
+    assert [d.id for d in read(path)][:2] == ["7", "8"]
+
+
+def test_rows_before_a_fault_within_the_first_ones_are_kept(tmp_path):
+    skipped = []
+    path = write(tmp_path / "a.csv", 'text,year\nfirst,2020\nsecond,2021\n"open' + "x" * 70 * 2**20)
+    assert [(d.text, d.metadata["year"]) for d in read(path, skipped=skipped)] == [("first", 2020), ("second", 2021)]
+    assert len(skipped) == 1
 
 
 def test_csv_without_a_text_column_names_the_columns(tmp_path):
