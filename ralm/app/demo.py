@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ralm.what.datastore import Datastore
 
 HELD_OUT = 40  # every 40th document is kept out of the datastore, for perplexity
-SCORED = 24  # of them, as many are scored as the minutes allow
+SCORED = 14  # of them, as many are scored as the minutes allow
 RETRIEVER = "hybrid"
 HOW, WHEN = "prepend:k=1,tokens=200", "every:16"
 
@@ -99,7 +99,7 @@ def prepare(script: Script, path: Path) -> tuple[Datastore, list[Document]]:
 
     kb = Datastore.build(path, kept())
     script.say(f"   {count(len(kb), 'document')} in {count(kb.n_chunks, 'chunk')} of up to 100 words, version {kb.version}; "
-               f"{count(len(held), 'document')} kept out for step 5  {dim(duration(time.perf_counter() - began))}")
+               f"{count(len(held), 'document')} kept out for step 4  {dim(duration(time.perf_counter() - began))}")
     for spec in ("bm25", "dense:static"):
         began = time.perf_counter()
         index.build(spec, kb)
