@@ -127,9 +127,10 @@ def test_a_stopped_build_goes_on_from_what_is_kept(ralm, tmp_path, sent, code):
         for i in range(20_000):
             file.write(json.dumps({"id": f"d{i}", "text": f"document number {i} " + "about this and that " * 20}) + "\n")
     kb = tmp_path / "kb"
-    process = subprocess.Popen([sys.executable, "-m", "ralm.app.cli", "build", str(kb), str(rows)], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               preexec_fn=lambda: signal.signal(sent, signal.SIG_DFL))  # a shell may start tests deaf to SIGINT
+    start = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may start tests deaf to it
+             "import sys; from ralm.app.cli import main; sys.exit(main())")
+    process = subprocess.Popen([sys.executable, "-c", start, "build", str(kb), str(rows)], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     until = time.monotonic() + 60
     while time.monotonic() < until and process.poll() is None and len(list(kb.glob("documents.lance/_versions/*"))) < 3:
         time.sleep(0.01)
