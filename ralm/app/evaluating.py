@@ -20,8 +20,9 @@ def retrieval(store: StoreArg, /, *, retriever: Finder = "auto",
               qrels: Annotated[Path, Parameter(help="Judgements: BEIR's three columns or TREC's four.")],
               measures: Annotated[str, Parameter(help="Names of ir-measures, separated by commas.")] = "nDCG@10,R@100",
               k: Annotated[int | None, Parameter(name=["-k", "--k"], help="Depth of the run; default: largest cut-off.")] = None,
-              ignore_identical_ids: Annotated[bool, Parameter(show_default=False, help="Leave out a document whose id is the "
-                                                              "query's own (ArguAna).")] = False,
+              ignore_identical_ids: Annotated[bool | None, Parameter(
+                  show_default=False, help="Leave out the document with the query's own id, or keep it. Default: left out where "
+                  "it holds the query's text and is not judged relevant (ArguAna's queries are documents).")] = None,
               run: Annotated[Path | None, Parameter(help="Also write the TREC run to this file.")] = None,
               where: Where = None, at: At = None, out: Output = Output()) -> None:  # noqa: B008
     """Measure a retriever against judgements about documents; a document ranks where its best chunk does.

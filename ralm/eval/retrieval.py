@@ -1,13 +1,13 @@
 """How well a retriever finds what was judged relevant: nDCG@10, R@100 and the rest of ir-measures, and DPR's top-k accuracy.
 
-    evaluate(BM25(store), read_queries("queries.jsonl"), read_qrels("qrels/test.tsv"), ignore_identical_ids=True)
+    evaluate(BM25(store), read_queries("queries.jsonl"), read_qrels("qrels/test.tsv"))["measures"]
 
 A datastore finds chunks, judgements are about documents: a document ranks where its best chunk does (max passage)."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,11 +26,11 @@ NO_CUTOFF = 1000  # depth of runs for measures without one (AP, RR), as TREC and
 
 
 def search(retriever: Retriever, queries: Mapping[str, str], k: int, unit: str = "document", where: str | None = None,
-           ignore_identical_ids: bool = False) -> Run:
+           ignore_identical_ids: bool | Collection[str] = False) -> Run:
     """{query id: [(id, score), ...]}: the k best documents of each query, best first; fewer only where no more match.
 
     unit "document": a document's score is its best chunk's; "chunk": ids are 'document#start-end' in characters.
-    ignore_identical_ids: a document whose id is the query's own is left out (ArguAna: queries are documents of the corpus).
+    ignore_identical_ids: a document whose id is the query's own is left out, for every query or for those named.
     Raises UsageError for another unit or k < 1."""
     if unit not in ("document", "chunk"):
         raise UsageError(f"unit '{unit}' is neither 'document' nor 'chunk'")
@@ -38,11 +38,13 @@ def search(retriever: Retriever, queries: Mapping[str, str], k: int, unit: str =
         raise UsageError(f"k={k} asks for nothing; use at least 1")
     run: Run = {}
     names = list(queries)
+    without = ignore_identical_ids if not isinstance(ignore_identical_ids, bool) else names if ignore_identical_ids else ()
+    without = set(without)
     labels = _Labels(retriever.store, unit)
     with progress.task("search", total=len(names), unit="queries") as advance:
         for at in range(0, len(names), BATCH):
             batch = names[at:at + BATCH]
-            own = batch if ignore_identical_ids else [None] * len(batch)
+            own = [name if name in without else None for name in batch]
             run |= zip(batch, _ranked(retriever, [queries[name] for name in batch], own, k, labels, where))
             advance(len(batch))
     return run
@@ -100,9 +102,11 @@ class _Labels:
 
 
 def evaluate(retriever: Retriever, queries: Mapping[str, str], qrels: Qrels, measures: Sequence[str] = ("nDCG@10", "R@100"),
-             k: int | None = None, ignore_identical_ids: bool = False, where: str | None = None) -> dict[str, Any]:
+             k: int | None = None, ignore_identical_ids: bool | None = None, where: str | None = None) -> dict[str, Any]:
     """Search every query that has judgements and measure: {"measures": {name: 0 to 1}, "intervals", "per_query", "queries",
     "convention", "run", "seconds"}. k: depth of the run, default the largest cut-off asked for (1000 where a measure has none).
+    ignore_identical_ids: leave out the document with the query's own id, or not; None: where that document holds the query's
+    text and is not judged relevant to it, so that a query which is itself a document of the corpus (ArguAna) does not find itself.
 
     Queries without judgements are counted and left out; so are judgements whose query is not given. Raises UsageError for measures
     ir-measures does not know and a k below a cut-off, MissingDependency where it is not installed."""
@@ -115,13 +119,23 @@ def evaluate(retriever: Retriever, queries: Mapping[str, str], qrels: Qrels, mea
     if not asked:
         raise UsageError(f"none of the {len(queries)} queries has a judgement ({len(qrels)} judged queries, for example "
                          f"'{next(iter(qrels), '')}'): the two files do not belong together")
-    run = search(retriever, asked, k or deepest, "document", where, ignore_identical_ids)
+    own = {n for n in asked if _is_document(retriever.store, n, asked[n], qrels[n])} if ignore_identical_ids is None else set()
+    run = search(retriever, asked, k or deepest, "document", where, own if ignore_identical_ids is None else ignore_identical_ids)
     result = evaluate_run(run, {name: qrels[name] for name in asked}, measures)
     result["convention"] |= {
         "retriever": repr(retriever), "depth": k or deepest, "where": where, "unit": "document, scored by its best chunk",
-        "identical_ids": "dropped (a document with the query's id)" if ignore_identical_ids else "kept",
+        "identical_ids": f"dropped where the document is the query ({len(own)} of {len(asked)})" if own else
+                         "dropped (a document with the query's id)" if ignore_identical_ids else "kept",
         "queries_without_judgements": len(queries) - len(asked), "judged_queries_not_given": len(qrels) - len(asked)}
     return result | {"run": run, "seconds": time.perf_counter() - began}
+
+
+def _is_document(store, name: str, text: str, judged: Mapping[str, int]) -> bool:
+    """Whether the query is a document of the store that it is not meant to find."""
+    if judged.get(name, 0) > 0 or not store.has(name):
+        return False
+    document = store.document(name)
+    return " ".join(text.split()) in " ".join(f"{document.title} {document.text}".split())
 
 
 def evaluate_run(run: Mapping[str, Sequence[tuple[str, float]]], qrels: Qrels,

@@ -115,13 +115,19 @@ def animals(tmp_path_factory):
 
 
 def test_end_to_end_with_files(animals, tmp_path):
-    (tmp_path / "q.tsv").write_text("q1\tdog barks\nq2\tswimming fish\nq3\tbirds over the sea\nq4\tnot judged\n")
+    (tmp_path / "q.tsv").write_text("q1\tdog barks\nq2\tswimming fish\nq3\tbirds  fly over the sea\nq4\tnot judged\n")
     (tmp_path / "qrels").write_text("q1 0 dogs 1\nq2 0 fish 1\nq3 0 fish 1\nq9 0 cats 1\n")
     queries, qrels = read_queries(tmp_path / "q.tsv"), read_qrels(tmp_path / "qrels")
-    kept = evaluate(BM25(animals), queries, qrels, ["nDCG@10", "RR@10"])
+    kept = evaluate(BM25(animals), queries, qrels, ["nDCG@10", "RR@10"], ignore_identical_ids=False)
+    assert kept["convention"]["identical_ids"] == "kept"
     assert kept["per_query"]["q3"]["RR@10"] == 0.5  # the query's own document stands first
     dropped = evaluate(BM25(animals), queries, qrels, ["nDCG@10", "RR@10"], ignore_identical_ids=True)
     assert dropped["measures"] == {"nDCG@10": 1, "RR@10": 1} and dropped["queries"] == 3
+    itself = evaluate(BM25(animals), queries, qrels, ["nDCG@10", "RR@10"])
+    assert itself["run"] == dropped["run"] and itself["convention"]["identical_ids"].endswith("(1 of 3)")
+    for text, judged in (("birds", {"q3": 1}), ("the sea of birds", {"fish": 1})):  # meant to be found; another text of that id
+        as_is = evaluate(BM25(animals), {"q3": text}, {"q3": judged}, ["RR@10"])
+        assert "q3" in [d for d, _ in as_is["run"]["q3"]] and as_is["convention"]["identical_ids"] == "kept"
     convention = dropped["convention"]
     assert (convention["queries_without_judgements"], convention["judged_queries_not_given"], convention["depth"]) == (1, 1, 10)
     assert "q3" not in [d for d, _ in dropped["run"]["q3"]] and json.dumps(dropped)
@@ -159,6 +165,6 @@ def test_arguana_as_published(tmp_path):
     store = Datastore.build(tmp_path / "kb", (Document(d["_id"], d["text"], d["title"]) for d in docs), split="none")
     published = json.loads((DATA / "retrieval/reference_scores.json").read_text())["bm25_beir_anserini"]["arguana.flat"]
     found = evaluate(BM25(store, k1=0.9, b=0.4), read_queries(tmp_path / "arguana/queries.jsonl"),
-                     read_qrels(tmp_path / "arguana/qrels/test.tsv"), list(published), ignore_identical_ids=True)
+                     read_qrels(tmp_path / "arguana/qrels/test.tsv"), list(published))
     assert found["queries"] == 1406
     assert found["measures"] == pytest.approx(published, abs=0.01)
