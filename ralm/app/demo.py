@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ralm.what.datastore import Datastore
 
 HELD_OUT = 40  # every 40th document is kept out of the datastore, for perplexity
-SCORED = 14  # of them, as many are scored as the minutes allow
+SCORED = 48  # of them, as many are scored as the minutes allow
 RETRIEVER = "hybrid"
 HOW, WHEN = "prepend:k=1,tokens=200", "every:16"
 
