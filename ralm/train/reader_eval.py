@@ -51,7 +51,7 @@ def fit_threshold(reader: Reader, data: Paragraphs, sample: int | None = None) -
                           np.array([f1_squad("", q.answers) for q in asked]))
 
 
-def fit_retrieved_threshold(reader: Reader, held: Paragraphs, every: Paragraphs, search: Callable, sample: int = 100,
+def fit_retrieved_threshold(reader: Reader, held: Paragraphs, every: Paragraphs, search: Callable, sample: int = 260,
                             k: int = 10) -> float:
     """The same for passages that were retrieved: each held-out question once among all paragraphs of `every`, where it has an
     answer, and once among those of other articles, where it has none. F1 over both halves."""
