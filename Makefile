@@ -16,7 +16,7 @@ test: $(VENV)/.installed-test
 
 check-all: $(VENV)/.installed-test
 	$(BIN)/ruff check ralm tests benchmarks
-	$(BIN)/python -m pytest
+	RALM_EXAMPLES=new $(BIN)/python -m pytest
 
 setup: $(VENV)/.installed
 

@@ -95,7 +95,9 @@ def check_degenerate(ralm: RALM, ids: Sequence[int]) -> None:
 
 
 def check_marginal(ralm: RALM, prompt: str, ids: Sequence[int]) -> None:
-    """Law 6: under RAG-Sequence, -score is the marginal objective -ln sum_z p(z|x) p(y|x,z) made of single-passage scores."""
+    """Law 6: under RAG-Sequence, -score is the marginal objective -ln sum_z p(z|x) p(y|x,z) made of single-passage scores.
+
+    Raises CapabilityError where the prompt finds nothing, or where prompt and text exceed one window (each retrieves anew)."""
     import torch
 
     from ralm.how.input import Ensemble, Prepend
@@ -106,6 +108,8 @@ def check_marginal(ralm: RALM, prompt: str, ids: Sequence[int]) -> None:
     hits, _ = ralm.search(prompt, how.k)
     if not hits.ids.size:
         raise CapabilityError(f"'{prompt}' finds nothing: there is no marginal to check; ask for what the store holds")
+    if len(set(system.at.tolist())) > 1:
+        raise CapabilityError("prompt and text take more than one window, and each window retrieves anew; check a shorter text")
     each = []
     for chunk in hits.ids[0]:
         one = replace(ralm, how=Prepend(k=1, tokens=how.tokens), when="once",

@@ -7,8 +7,14 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# the same examples in every run, so that a change that breaks something is told from luck; `make check-all` draws new ones
+settings.register_profile("same", derandomize=True)
+settings.register_profile("new")
+settings.load_profile(os.environ.get("RALM_EXAMPLES", "same"))
 
 TEXTS = [
     "The lighthouse of Brennick was built in 1873 by Maria Holt. It stands on a reef of granite.",

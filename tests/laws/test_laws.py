@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("torch")
 
+from ralm.errors import CapabilityError
 from ralm.index import retriever
 from ralm.model import RALM
 from ralm.testing import (
@@ -120,9 +121,15 @@ def test_retrievers_keep_their_promises(found, name):
 @settings(max_examples=8, **quiet)
 @given(name=st.sampled_from(RETRIEVERS), prompt=prompts, text=texts, temperature=st.sampled_from([0.5, 1.0, 10.0]))
 def test_training_equals_inference(lm, found, name, prompt, text, temperature):
-    prompt = "granite tower " + prompt
+    prompt = lm.tokenizer.decode(lm.tokenizer.encode("granite tower " + prompt)[:24])  # with the text it fits into one window
     ralm = RALM(lm, found[name], how=f"ensemble:k=3,temperature={temperature},{SHAPE}")
     check_marginal(ralm, prompt, lm.tokenizer.encode(text)[:14])
+
+
+def test_a_marginal_over_two_windows_is_refused(lm, found):
+    """Each window retrieves for itself, so there is no one marginal over the whole text."""
+    with pytest.raises(CapabilityError, match="one window"):
+        check_marginal(RALM(lm, found["bm25"], how=f"ensemble:k=3,{SHAPE}"), "granite tower " * 3, [5] * 30)
 
 
 @pytest.fixture(scope="module")
