@@ -60,5 +60,5 @@ def need(package: str, purpose: str, extra: str):
     try:
         return importlib.import_module(package)
     except ImportError as e:
-        absent = isinstance(e, ModuleNotFoundError) and e.name is not None and package.startswith(e.name)
+        absent = isinstance(e, ModuleNotFoundError) and e.name in (package, package.partition(".")[0])
         raise MissingDependency(package, purpose, extra, "" if absent else " ".join(str(e).split())) from e

@@ -38,8 +38,7 @@ def search(retriever: Retriever, queries: Mapping[str, str], k: int, unit: str =
         raise UsageError(f"k={k} asks for nothing; use at least 1")
     run: Run = {}
     names = list(queries)
-    without = ignore_identical_ids if not isinstance(ignore_identical_ids, bool) else names if ignore_identical_ids else ()
-    without = set(without)
+    without = set(names if ignore_identical_ids is True else ignore_identical_ids or ())
     labels = _Labels(retriever.store, unit)
     with progress.task("search", total=len(names), unit="queries") as advance:
         for at in range(0, len(names), BATCH):

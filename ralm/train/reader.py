@@ -178,11 +178,11 @@ class Run:
                     progress.note(f"{stage['name']} {self.state.seconds / 60:.1f} min step {self.state.steps} "
                                   f"seen {self.state.seen} loss {sum(losses) / len(losses):.3f}")
                     losses = []
+                if self.state.seconds >= total:
+                    break
                 if self.state.seconds - evaluated > self.train["evaluate_minutes"] * 60:
                     evaluated = self.state.seconds
                     self.check(stage["name"])
-                if self.state.seconds >= total:
-                    break
         reader = self.check(stage["name"])
         if self.state.stage == len(self.recipe["stage"]) - 1:
             self.export(reader)  # only the end: fitting its thresholds takes minutes

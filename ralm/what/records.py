@@ -252,24 +252,30 @@ def _numbers(rows: Sequence[Mapping[str, str]]) -> dict[str, type]:
     for name in rows[0].keys() - KNOWN if rows else ():
         cells = {row[name] for row in rows} - {""}
         for kind in (int, float):
-            if cells and all(_is(kind, cell) for cell in cells):
+            if cells and all(_number(kind, cell) is not None for cell in cells):
                 out[name] = kind
                 break
     return out
 
 
-def _is(kind: type, cell: str) -> bool:
+def _number(kind: type, cell: str) -> int | float | None:
+    """The cell as int or float where it is written so (for float: or as an int), else None."""
     try:
-        return (str(kind(cell)) == cell and math.isfinite(kind(cell))) or (kind is float and _is(int, cell))
+        value = kind(cell)
+        plain = str(value) == cell and math.isfinite(value)
     except (ValueError, OverflowError):
-        return False
+        return None
+    return value if plain or (kind is float and _number(int, cell) is not None) else None
 
 
 def _cast(row: Any, numbers: Mapping[str, type]) -> Any:
-    if isinstance(row, Reason) or not numbers:
+    if isinstance(row, Reason):
         return row
-    return row | {name: None if row[name] == "" else kind(row[name]) if _is(kind, row[name]) else row[name]
-                  for name, kind in numbers.items()}
+    for name, kind in numbers.items():
+        value = _number(kind, row[name])
+        if value is not None or row[name] == "":
+            row[name] = value
+    return row
 
 
 def tsv(stream: io.BufferedReader, remark: Remark) -> Iterator[Row]:
