@@ -26,7 +26,7 @@ from ralm.what import filters, history, tables
 from ralm.what.history import VersionInfo
 from ralm.what.lock import WriteLock
 from ralm.what.rows import row
-from ralm.what.view import View
+from ralm.what.view import Source, View
 from ralm.what.write import Added, Compacted, Removed, Writer
 
 BATCH = 2000  # documents per transaction, or
@@ -201,6 +201,27 @@ class Datastore:
 
         `exclude` are document ids; those that are not there exclude nothing. Raises UsageError for a wrong filter."""
         return self._view.allow(where, exclude)
+
+    @property
+    def revision_rows(self) -> int:
+        """1 + the largest revision number ever given: the length of the bitmap that `revisions` gives."""
+        return self._view.revision_rows
+
+    def revisions(self, where: str | None = None, exclude: Sequence[str] = ()) -> np.ndarray:
+        """bool [revision_rows], read-only: the document revisions of this version that match the filter and are not excluded.
+
+        A revision is one stored state of one document; artifacts made of whole documents are filtered by it, as those made of
+        chunks are by `allow`. Raises UsageError for a wrong filter."""
+        return self._view.revisions(where, exclude)
+
+    def states(self, first: int = 0) -> Iterator[tuple[int, Source]]:
+        """(revision, its id, title, source and text) of all stored revisions >= first, ascending, whether this version holds them
+        or not: what an artifact of whole documents is built from."""
+        return self._view.states(first)
+
+    def state(self, revs: Sequence[int]) -> dict[int, Source]:
+        """The stored states of these revisions. Raises StoreError for one that was never given or that compaction dropped."""
+        return self._view.sources(np.asarray(revs, np.int64)) if len(revs) else {}
 
     def chunk_ids(self) -> np.ndarray:
         """int64, ascending: the chunks of this version."""

@@ -121,6 +121,22 @@ class View:
         out[ids[wanted[rev]]] = True
         return out
 
+    @cached_property
+    def revision_rows(self) -> int:
+        return max(int(self.facts["next_rev"]), int(self._text_rev[-1]) + 1 if len(self._text_rev) else 0)
+
+    def revisions(self, where: str | None = None, exclude: Sequence[str] = ()) -> np.ndarray:
+        """See Datastore.revisions."""
+        revs = self._rows[0]
+        if where is not None and where.strip():
+            revs = filters.revs(self.documents, where.strip()).to_numpy().astype(np.int64)
+        out = np.zeros(self.revision_rows, bool)
+        out[revs] = True
+        if len(exclude):
+            out[self.revs_of(list(self.positions(exclude).values()))] = False
+        out.flags.writeable = False
+        return out
+
     def allow(self, where: str | None = None, exclude: Sequence[str] = ()) -> np.ndarray:
         """See Datastore.allow."""
         where = where.strip() or None if where else None
@@ -281,6 +297,13 @@ class View:
         at = np.searchsorted(self._text_rev, wanted)
         names = self._take(self.texts, at.tolist(), ["id"]).column("id").to_pylist()
         return [names[i] for i in back.tolist()]
+
+    def states(self, first: int = 0, batch: int = 128) -> Iterator[tuple[int, Source]]:
+        """See Datastore.states."""
+        revs = self._text_rev[int(np.searchsorted(self._text_rev, first)):]
+        for i in range(0, len(revs), batch):
+            found = self.sources(revs[i:i + batch], keep=False)
+            yield from sorted(found.items())
 
     def stored(self, first: int = 0, batch: int = 4096) -> Iterator[tuple[np.ndarray, list[str], list[str]]]:
         """See Datastore.texts."""
