@@ -206,6 +206,7 @@ class LMOut(NamedTuple):
     logits: torch.Tensor  # float [B, T', V]; T' = T, or the kept positions
     hidden: torch.Tensor | None  # final normed hidden state [B, T', D], None where the model does not give it
     past: Any  # opaque; pass to the next forward. Has .crop(n) and .reorder(index_B)
+    key: torch.Tensor | None = None  # the state asked for by `key` [B, T', D]
 
 
 @runtime_checkable
@@ -227,11 +228,12 @@ class LanguageModel(Protocol):
     gives: frozenset[str]
 
     def forward(self, ids_BT: torch.Tensor, *, past: Any = None, mask: torch.Tensor | None = None,
-                keep: int | torch.Tensor | None = None, neighbours: Any = None) -> LMOut:
+                keep: int | torch.Tensor | None = None, neighbours: Any = None, key: str | None = None) -> LMOut:
         """Logits after each of ids_BT [B, T], given the `past` of earlier forwards.
 
         mask [B, past+T]: 1 real, 0 padding (either side); positions count real tokens only. keep: logits only for the
-        last `keep` positions, or for the given positions (LongTensor)."""
+        last `keep` positions, or for the given positions (LongTensor). key: also the state that token stores keep (`ffn_in` or
+        `hidden`, lm/keys.py), by models that give "hidden"; those have `keys(ids_BT, key)` too, which stops at that state."""
         ...
 
 

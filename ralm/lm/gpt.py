@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ralm.errors import CapabilityError, RalmError, StoreError, UsageError, need
+from ralm.lm.keys import check_key
 from ralm.types import LMOut
 
 END = "<|end|>"  # ends a document and stands before the first token
@@ -87,11 +88,15 @@ class Block(nn.Module):
         self.gate, self.up = nn.Linear(c.width, c.mlp, bias=False), nn.Linear(c.width, c.mlp, bias=False)
         self.down = nn.Linear(c.mlp, c.width, bias=False)
 
-    def forward(self, x_BTD: Tensor, *context) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def look(self, x_BTD: Tensor, *context) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """The first half, attention: the stream, what the MLP reads (the key ffn_in), keys and values."""
         y_BTD, kv = self.attention(self.norm1(x_BTD), *context)
         x_BTD = x_BTD + y_BTD
-        h_BTD = self.norm2(x_BTD)
-        return x_BTD + self.down(F.silu(self.gate(h_BTD)) * self.up(h_BTD)), kv
+        return x_BTD, self.norm2(x_BTD), kv
+
+    def think(self, h_BTD: Tensor) -> Tensor:
+        """The second half, the MLP: what it adds to the stream."""
+        return self.down(F.silu(self.gate(h_BTD)) * self.up(h_BTD))
 
 
 class Decoder(nn.Module):
@@ -124,14 +129,22 @@ class Decoder(nn.Module):
         """Hidden states [B, T, D] and per layer keys and values [B, H, L, E]. Without positions: 0, 1, ... and causal.
 
         mask: bool [B or 1, 1, T, L], True where a query may look; None: causal without a past, everything with one."""
+        hidden_BTD, _, kept = self.states(ids_BT, positions_BT, past, mask)
+        return hidden_BTD, kept
+
+    def states(self, ids_BT: Tensor, positions_BT: Tensor | None = None, past=None, mask: Tensor | None = None,
+               rest: bool = True) -> tuple[Tensor | None, Tensor, list[tuple[Tensor, Tensor]]]:
+        """As forward, and what the last MLP reads [B, T, D] between the two; with rest=False nothing after it is computed."""
         T = ids_BT.shape[1]
         rotary = (self.cos[:T], self.sin[:T]) if positions_BT is None else (
             self.cos[positions_BT][:, None], self.sin[positions_BT][:, None])
         x_BTD, kept = self.embed(ids_BT), []
         for n, block in enumerate(self.blocks):
-            x_BTD, kv = block(x_BTD, rotary, past[n] if past else None, mask, mask is None and past is None)
+            x_BTD, h_BTD, kv = block.look(x_BTD, rotary, past[n] if past else None, mask, mask is None and past is None)
             kept.append(kv)
-        return self.norm(x_BTD), kept
+            if block is not self.blocks[-1]:
+                x_BTD = x_BTD + block.think(h_BTD)
+        return self.norm(x_BTD + self.blocks[-1].think(h_BTD)) if rest else None, h_BTD, kept
 
 
 def normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
@@ -195,8 +208,9 @@ class GPT:
         return sum(p.numel() for p in self.model.parameters())
 
     def forward(self, ids_BT: Tensor, *, past: Past | None = None, mask: Tensor | None = None,
-                keep: int | Tensor | None = None, neighbours: Any = None) -> LMOut:
-        """Logits [B, T', V] after each of ids_BT, the hidden state [B, T', D] they were made from, and the past.
+                keep: int | Tensor | None = None, neighbours: Any = None, key: str | None = None) -> LMOut:
+        """Logits [B, T', V] after each of ids_BT, the hidden state [B, T', D] they were made from, and the past; with `key` also
+        that state (lm/keys.py).
 
         As LanguageModel.forward; float32, on the device of ids_BT. `past` is not changed: it may be continued again, or
         cropped and continued. Without a mask, new tokens are real and old ones what they were. Raises UsageError for ids,
@@ -208,12 +222,25 @@ class GPT:
         mask_BL = self._mask(ids_BT, past, mask)
         positions_BT = self._positions(ids_BT, length, mask_BL)
         home, there = ids_BT.device, self.model.embed.weight.device
-        hidden_BTD, layers = self.model(ids_BT.to(there), positions_BT.to(there), past.layers if length else None,
-                                        _looks(ids_BT.shape[1], length, mask_BL, there))
+        hidden_BTD, ffn_BTD, layers = self.model.states(ids_BT.to(there), positions_BT.to(there), past.layers if length else None,
+                                                        _looks(ids_BT.shape[1], length, mask_BL, there))
         if keep is not None:
-            hidden_BTD = hidden_BTD[:, _kept(keep)]
+            hidden_BTD, ffn_BTD = hidden_BTD[:, _kept(keep)], ffn_BTD[:, _kept(keep)]
         logits_BTV = F.linear(hidden_BTD, self.model.embed.weight)
-        return LMOut(logits_BTV.float().to(home), hidden_BTD.float().to(home), Past(layers, mask_BL))
+        state = None if key is None else (ffn_BTD if check_key(key) == "ffn_in" else hidden_BTD).float().to(home)
+        return LMOut(logits_BTV.float().to(home), hidden_BTD.float().to(home), Past(layers, mask_BL), state)
+
+    def keys(self, ids_BT: Tensor, key: str = "ffn_in") -> Tensor:
+        """The state `key` [B, T, D] at each of ids_BT, nothing after it computed: what a token store is made of.
+
+        Without padding's mask: pad on the right, a decoder does not look there."""
+        self._check_ids(ids_BT)
+        hidden_BTD, ffn_BTD, _ = self.model.states(ids_BT.to(self.model.embed.weight.device), rest=check_key(key) == "hidden")
+        return (ffn_BTD if key == "ffn_in" else hidden_BTD).float()
+
+    def key_width(self, key: str = "ffn_in") -> int:
+        check_key(key)
+        return self.config.width
 
     def _check_ids(self, ids_BT: Tensor) -> None:
         if ids_BT.dim() != 2 or ids_BT.numel() == 0:

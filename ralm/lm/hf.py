@@ -9,11 +9,14 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ralm.errors import CapabilityError, RalmError, UsageError, need, unknown
+from ralm.lm.keys import check_key, feed_forward
 from ralm.types import LMOut
 
 if TYPE_CHECKING:
@@ -68,7 +71,7 @@ class HF:
         self.window = self._window(window)
         self.bos, self.eos = self._bos(bos), self._special("eos_token_id")
         self.sliding = sliding_window(self.config)
-        self._seen = threading.local()
+        self._seen, self._ffn = threading.local(), None
         # The head's input *is* the hidden state, whatever the architecture does around it; forward returns it.
         self._head.register_forward_pre_hook(self._see)
 
@@ -111,8 +114,9 @@ class HF:
     # ---- forward ----------------------------------------------------------------------------------------------------
 
     def forward(self, ids_BT: torch.Tensor, *, past: Past | None = None, mask: torch.Tensor | None = None,
-                keep: int | torch.Tensor | None = None, neighbours: Any = None) -> LMOut:
-        """Logits [B, T', V] after each of ids_BT, the hidden state [B, T', D] they were made from, and the past.
+                keep: int | torch.Tensor | None = None, neighbours: Any = None, key: str | None = None) -> LMOut:
+        """Logits [B, T', V] after each of ids_BT, the hidden state [B, T', D] they were made from, and the past; with `key` also
+        that state (lm/keys.py).
 
         As LanguageModel.forward; float32, on the device of ids_BT. `past` is not changed: it may be continued again, or
         cropped and continued. Without a mask, new tokens are real and old ones what they were. Raises UsageError for
@@ -131,23 +135,63 @@ class HF:
             extra["position_ids"] = positions_BT.to(there)
         if keep is not None and "logits_to_keep" in self._takes:
             extra["logits_to_keep"] = _keep(keep, there)
-        self._seen.hidden, self._seen.active = None, True
-        try:
+        if key is not None:
+            self._watch(key)
+        with self._watching():
             out = self.model(input_ids=ids_BT.to(there), use_cache=True, return_dict=True,
                              attention_mask=None if mask_BL is None else mask_BL.to(there), **extra)
-            logits, hidden = out.logits, self._seen.hidden
-        finally:
-            self._seen.hidden, self._seen.active = None, False
-        if keep is not None and "logits_to_keep" not in self._takes:
+            logits, hidden, state = out.logits, self._seen.hidden, self._seen.ffn_in
+        state = state.reshape(*ids_BT.shape, -1) if key == "ffn_in" else None
+        if keep is not None:
             index = _keep(keep, there)
             index = slice(-index, None) if isinstance(index, int) else index
-            logits, hidden = logits[:, index], hidden[:, index]
-        return LMOut(logits.float().to(home), hidden.float().to(home),
-                     Past(cache, length + ids_BT.shape[1], mask_BL, self.name))
+            state = state if state is None else state[:, index]
+            if "logits_to_keep" not in self._takes:
+                logits, hidden = logits[:, index], hidden[:, index]
+        state = hidden if key == "hidden" else state
+        return LMOut(logits.float().to(home), hidden.float().to(home), Past(cache, length + ids_BT.shape[1], mask_BL, self.name),
+                     None if state is None else state.float().to(home))
 
-    def _see(self, module, args) -> None:
+    def keys(self, ids_BT: torch.Tensor, key: str = "ffn_in") -> torch.Tensor:
+        """The state `key` [B, T, D] at each of ids_BT, float32, nothing after it computed: what a token store is made of.
+
+        Without padding's mask: pad on the right, a decoder does not look there. Raises CapabilityError for an architecture
+        whose feed-forward network ralm cannot find."""
+        self._check_ids(ids_BT)
+        self._watch(key)
+        with self._watching(stop=key):
+            try:
+                self.model(input_ids=ids_BT.to(self.model.device), use_cache=False, return_dict=True)
+            except _Reached as reached:
+                return reached.state.reshape(*ids_BT.shape, -1).float()
+        raise RalmError(f"'{self.name}' did not reach its {key}; use key=hidden")
+
+    def key_width(self, key: str = "ffn_in") -> int:
+        """Numbers of a key. Raises as `keys` does."""
+        self._watch(key)
+        return int(self._head.weight.shape[1] if key == "hidden" else self.config.hidden_size)
+
+    def _watch(self, key: str) -> None:
+        """See to it that the state `key` is seen: the output layer always is, the feed-forward network once it is asked for."""
+        if check_key(key) == "ffn_in" and self._ffn is None:
+            self._ffn = feed_forward(self.model, self.config.model_type, self.name)
+            self._ffn.register_forward_pre_hook(partial(self._see, name="ffn_in"))
+
+    @contextmanager
+    def _watching(self, stop: str | None = None) -> Iterator[None]:
+        """Remember the states that this thread's forwards come by; `stop`: leave the forward at that one."""
+        seen = self._seen
+        seen.hidden, seen.ffn_in, seen.stop, seen.active = None, None, stop, True
+        try:
+            yield
+        finally:
+            seen.hidden, seen.ffn_in, seen.stop, seen.active = None, None, None, False
+
+    def _see(self, module, args, name: str = "hidden") -> None:
         if getattr(self._seen, "active", False):  # only while this thread is inside this object's forward
-            self._seen.hidden = args[0]
+            setattr(self._seen, name, args[0])
+            if self._seen.stop == name:
+                raise _Reached(args[0])
 
     def _check_ids(self, ids_BT: torch.Tensor) -> None:
         if ids_BT.dim() != 2 or ids_BT.numel() == 0:
@@ -202,6 +246,13 @@ class HF:
             raise UsageError(f"{most} tokens do not fit the window of '{self.name}', which is {self.window}; "
                              "shorten the text or crop the past")
         return positions_BT
+
+
+class _Reached(Exception):
+    """Leaves a forward whose rest is not wanted."""
+
+    def __init__(self, state: torch.Tensor):
+        self.state = state
 
 
 class Past:
