@@ -90,7 +90,8 @@ def _extend(store, folder: Path, settings: Settings, title: bool, facts: dict[st
             writer.add(ids, titles, texts)
             advance(len(ids))
             if writer.full():
-                now, writer = _append(folder, now, writer.write(folder, now.stop)), None
+                part, writer = writer.write(folder, now.stop), None  # its memory is free before segments are merged
+                now = _append(folder, now, part)
         if writer is not None:
             now = _append(folder, now, writer.write(folder, now.stop))
     if now.stop < rows or not (folder / "manifest.json").is_file():

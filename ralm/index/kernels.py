@@ -191,6 +191,49 @@ def find(blob, starts, wanted, wanted_starts):
 
 
 @compiled
+def merge_words(blob, begin, end, ptr, keep):
+    """Several sorted vocabularies, laid end to end, as one: (int32 number of every word, blob, int64 starts of the result).
+
+    Word w is blob[begin[w]:end[w]]; vocabulary s has the words ptr[s]:ptr[s+1]. Words with keep[w] false get number -1."""
+    number, heads = np.full(len(begin), -1, np.int32), ptr[:-1].copy()
+    out, starts, n, size = np.empty(len(blob), np.uint8), np.zeros(len(begin) + 1, np.int64), 0, 0
+    order = np.empty(len(heads), np.int64)  # of each head against the least word so far: 1 less, 0 equal, -1 greater or none
+    while True:
+        best = -1
+        for s in range(len(heads)):
+            while heads[s] < ptr[s + 1] and not keep[heads[s]]:
+                heads[s] += 1
+            order[s] = -1
+            if heads[s] < ptr[s + 1]:
+                order[s] = 1 if best < 0 else _less(blob, begin, end, heads[s], best)
+                if order[s] == 1:
+                    order[:s] = -1
+                    order[s], best = 0, heads[s]
+        if best < 0:
+            return number, out[:size].copy(), starts[:n + 1].copy()
+        for s in range(len(heads)):
+            if order[s] == 0:
+                number[heads[s]] = n
+                heads[s] += 1
+        for j in range(begin[best], end[best]):
+            out[size] = blob[j]
+            size += 1
+        n += 1
+        starts[n] = size
+
+
+@compiled
+def _less(blob, begin, end, a, b):
+    """1 where word a sorts before word b, 0 where they are equal, -1 otherwise."""
+    size_a, size_b, i = end[a] - begin[a], end[b] - begin[b], 0
+    while i < min(size_a, size_b):
+        if blob[begin[a] + i] != blob[begin[b] + i]:
+            return 1 if blob[begin[a] + i] < blob[begin[b] + i] else -1
+        i += 1
+    return 1 if size_a < size_b else 0 if size_a == size_b else -1
+
+
+@compiled
 def document_frequency(indptr, rows, row_ptr, terms, alive, dead):
     """int64 [V]: in how many alive rows each term occurs. Few dead rows are subtracted through the forward index, otherwise the
     postings are counted anew."""

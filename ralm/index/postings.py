@@ -5,12 +5,13 @@
     indptr int64 [V+1], rows int32 [P], tfs [P]         postings: the rows of a term, ascending, and how often each holds it
     row_ptr int64 [R+1], terms int32 [P]                the other way round: the distinct terms of a row
 
-tfs are uint8 where they fit, uint32 otherwise. The way round by rows is there for removals: what a dead row adds to the
+tfs are uint8 where they fit, uint16 or uint32 otherwise. The way round by rows is there for removals: what a dead row adds to the
 statistics can be subtracted without reading all postings."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +25,7 @@ from ralm.index.analyse import Analyser, Settings
 FLUSH = 24_000_000  # postings held in memory before a segment is written: about 400 MB at the peak
 RUNS = 4_000_000  # distinct runs before a segment is written: bounds the analyser's table
 FAN = 8  # so many segments of a size class become one of the next
-LARGEST = 4_000_000  # rows; segments above it are not merged any further
+LARGEST = 1_000_000  # rows; segments above it are not merged any further, which bounds what one merge costs
 NAMES = ("ids", "lengths", "blob", "starts", "indptr", "rows", "tfs", "row_ptr", "terms")
 
 
@@ -47,10 +48,6 @@ class Segment:
         if not dead:
             return np.diff(self.indptr)
         return kernels.document_frequency(self.indptr, self.rows, self.row_ptr, self.terms, alive, dead)
-
-    def vocabulary(self) -> list[bytes]:
-        raw, starts = self.blob.tobytes(), self.starts.tolist()
-        return [raw[a:b] for a, b in pairwise(starts)]
 
 
 def open_segment(folder: Path, part: manifest.Part) -> Segment:
@@ -101,34 +98,57 @@ class Writer:
         kernels.invert(row_ptr, terms, counts, order, indptr, rows, tfs)
         del counts
         blob, starts = _blob([words[t] for t in by_name])
-        return _write(folder, first, int(ids[-1]) + 1, Segment(
-            ids, np.concatenate(self._lengths), blob, starts, indptr, rows, tfs, row_ptr, terms))
+        lengths = np.concatenate(self._lengths)
+        return _write(manifest.new_part(folder), first, int(ids[-1]) + 1, {
+            "ids": ids, "lengths": lengths, "blob": blob, "starts": starts, "indptr": indptr, "rows": rows, "tfs": tfs,
+            "row_ptr": row_ptr, "terms": terms})
 
 
 def merge(folder: Path, segments: Sequence[Segment], keep: Sequence[np.ndarray], first: int, stop: int) -> manifest.Part:
-    """One segment out of several with ascending ids: the rows that `keep` (bool [R] each) names, the terms that they hold."""
+    """One segment out of several with ascending ids: the rows that `keep` (bool [R] each) names, the terms that they hold.
+
+    Postings go straight into the new files, mapped: memory holds the vocabularies and a few bytes a row and a term."""
     df = [s.df(k, int(len(k) - k.sum())) for s, k in zip(segments, keep)]
-    words = [s.vocabulary() for s in segments]
-    union = sorted({w for ws, d in zip(words, df) for w, n in zip(ws, d.tolist()) if n})
-    number = {w: i for i, w in enumerate(union)}
-    maps = [np.array([number.get(w, -1) for w in ws], np.int32) for ws in words]
-    sizes = np.zeros(len(union) + 1, np.int64)
+    maps, blob, starts = _union(segments, df)
+    sizes = np.zeros(len(starts), np.int64)
     for m, d in zip(maps, df):
-        np.add.at(sizes, m[m >= 0] + 1, d[m >= 0])
+        sizes[m[m >= 0] + 1] += d[m >= 0]
     indptr = np.cumsum(sizes)
-    rows_kept = sum(int(k.sum()) for k in keep)
-    kind = max((s.tfs.dtype for s in segments), key=lambda t: t.itemsize)
-    rows, tfs, terms = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], kind), np.empty(indptr[-1], np.int32)
+    rows_kept, total = sum(int(k.sum()) for k in keep), int(indptr[-1])
+    path = manifest.new_part(folder)
+    rows, terms = _room(path, "rows", np.int32, total), _room(path, "terms", np.int32, total)
+    tfs = _room(path, "tfs", max((s.tfs.dtype for s in segments), key=lambda t: t.itemsize), total)
     row_ptr, head, row, n = np.zeros(rows_kept + 1, np.int64), indptr[:-1].copy(), 0, 0
     for s, k, m in zip(segments, keep, maps):
         to_row = np.where(k, np.cumsum(k) - 1 + row, -1).astype(np.int32)
-        kernels.copy_postings(m, to_row, s.indptr, s.rows, s.tfs.astype(kind, copy=False), head, rows, tfs)
+        kernels.copy_postings(m, to_row, s.indptr, s.rows, s.tfs, head, rows, tfs)
         n = kernels.copy_forward(m, to_row, s.row_ptr, s.terms, n, row_ptr, terms)
         row += int(k.sum())
-    blob, starts = _blob(union)
-    return _write(folder, first, stop, Segment(
-        np.concatenate([s.ids[k] for s, k in zip(segments, keep)]), np.concatenate([s.lengths[k] for s, k in zip(segments, keep)]),
-        blob, starts, indptr, rows, tfs, row_ptr, terms))
+    del rows, terms, tfs  # unmapped: what was written is the file's now
+    return _write(path, first, stop, {
+        "ids": np.concatenate([s.ids[k] for s, k in zip(segments, keep)]), "blob": blob, "starts": starts, "indptr": indptr,
+        "lengths": np.concatenate([s.lengths[k] for s, k in zip(segments, keep)]), "row_ptr": row_ptr})
+
+
+def _union(segments: Sequence[Segment], df: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """The vocabularies as one: for each segment the new number of each term (int32, -1 where its df is 0), then blob and starts."""
+    ends = np.cumsum([0, *(len(s.blob) for s in segments)])
+    ptr = np.cumsum([0, *(len(s.starts) - 1 for s in segments)])
+    words = np.concatenate([s.blob for s in segments])
+    begin = np.concatenate([s.starts[:-1] + at for s, at in zip(segments, ends)])
+    end = np.concatenate([s.starts[1:] + at for s, at in zip(segments, ends)])
+    numbers, blob, starts = kernels.merge_words(words, begin, end, ptr, np.concatenate(df) > 0)
+    return [numbers[a:b] for a, b in pairwise(ptr)], blob, starts
+
+
+def _room(path: Path, name: str, kind: type, n: int) -> np.ndarray:
+    """A new array in a file of its own, mapped. The disk space is there before the first write: a disk that is full would
+    otherwise kill the process there. Raises OSError."""
+    file = path / f"{name}.npy"
+    array = np.lib.format.open_memmap(file, mode="w+", dtype=kind, shape=(n,))
+    with file.open("rb+") as f:
+        os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+    return np.asarray(array)
 
 
 def crowded(parts: Sequence[manifest.Part]) -> int:
@@ -147,11 +167,10 @@ def nothing(first: int, stop: int) -> manifest.Part:
     return manifest.Part(f"none-{first}-{stop}", first, stop, 0, {})
 
 
-def _write(folder: Path, first: int, stop: int, segment: Segment) -> manifest.Part:
-    path = manifest.new_part(folder)
-    for name in NAMES:
-        np.save(path / f"{name}.npy", getattr(segment, name), allow_pickle=False)
-    return manifest.seal(path, first, stop, len(segment.ids))
+def _write(path: Path, first: int, stop: int, arrays: Mapping[str, np.ndarray]) -> manifest.Part:
+    for name, array in arrays.items():
+        np.save(path / f"{name}.npy", array, allow_pickle=False)
+    return manifest.seal(path, first, stop, len(arrays["ids"]))
 
 
 def _blob(words: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
@@ -161,7 +180,8 @@ def _blob(words: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _small(counts: np.ndarray) -> np.ndarray:
-    return counts.astype(np.uint8) if not len(counts) or counts.max() < 256 else counts
+    top = int(counts.max(initial=0))
+    return counts.astype(np.uint8 if top < 1 << 8 else np.uint16 if top < 1 << 16 else np.uint32)
 
 
 def _join(parts: list[np.ndarray]) -> np.ndarray:

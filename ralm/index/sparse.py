@@ -204,6 +204,9 @@ class View:
                 self._places.append((offset, part.chunk_rows))
         self.row_ids = np.concatenate([np.empty(0, np.int64), *self.ids])  # ascending
         self.shifts = np.cumsum([0, *map(len, self.ids)])
+        if len(self.row_ids) > topk.LAST_ROW + 1:
+            raise UsageError(f"{store.path} has {len(self.row_ids):,} chunks in its index, one search can tell at most "
+                             f"{topk.LAST_ROW + 1:,} apart: search parts of it and merge their hits by score")
         self.ids = [self.row_ids[a:b] for a, b in pairwise(self.shifts)]
         self._settings = _common({path: m.settings for path, m in found.items()})
         self.alive = self.masks(store.allow())

@@ -1,18 +1,22 @@
 """How the sparse index follows its store: appends, merges, compaction, kills, damage, stores that cannot be written."""
 
+import errno
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
+import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ralm import progress
-from ralm.errors import FingerprintError, StoreError
-from ralm.index import grow, manifest, postings
+from ralm.errors import FingerprintError, StoreError, UsageError
+from ralm.index import grow, manifest, postings, topk
 from ralm.index.sparse import BM25, TFIDF
 from ralm.types import Document
 from ralm.what.datastore import Datastore
@@ -91,6 +95,71 @@ def test_counts_above_255_are_kept(tmp_path):
     want, _ = brute.scores([*texts, *["w9"] * 10], "w1 w2", found.settings)
     hits = found.search(["w1 w2"], 2)
     np.testing.assert_allclose(hits.scores[0], sorted(want, reverse=True)[:2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("most, kind", [(255, np.uint8), (256, np.uint16), (65_535, np.uint16), (65_536, np.uint32)])
+def test_counts_take_as_few_bytes_as_they_can(tmp_path, most, kind):
+    store = Datastore.build(tmp_path / "kb.ralm", documents(["w1 " * most, "w2"]), split="none")
+    BM25(store)
+    assert np.load(grow.folder_of(store) / parts(store)[0].name / "tfs.npy").dtype == kind
+
+
+def test_a_merge_holds_no_postings_in_memory(tmp_path):
+    """Eight segments of 200,000 postings each: their copies would be 14 MB."""
+    store = Datastore.create(tmp_path / "kb.ralm", split="none")
+    for i in range(postings.FAN - 1):
+        store.add([Document(f"{i}/{j}", " ".join(f"w{w}" for w in range(1000))) for j in range(200)])
+        grow.ready(store, grow.Wish())
+    segments = [postings.open_segment(grow.folder_of(store), p) for p in parts(store)]
+    assert len(segments) == postings.FAN - 1
+    keep = [np.ones(len(s.ids), bool) for s in segments]
+    postings.merge(tmp_path, segments, keep, 0, store.chunk_rows)  # compiled
+    tracemalloc.start()
+    try:
+        part = postings.merge(tmp_path, segments, keep, 0, store.chunk_rows)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+    assert part.files["rows.npy"]["bytes"] > 5_000_000
+
+
+def test_a_full_disk_stops_a_merge_with_one_line(tmp_path, whole, monkeypatch):
+    """Written through a mapping, a full disk would be a signal that kills the process: the space is asked for first."""
+    store = Datastore.create(tmp_path / "kb.ralm", split="none")
+    for i in range(0, 126, 18):
+        store.add(documents(TEXTS[i:i + 18], i))
+        grow.ready(store, grow.Wish())
+    before = parts(store)
+    store.add(documents(TEXTS[126:], 126))
+
+    def full(file, offset, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(postings, "FAN", 2)
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "posix_fallocate", full)
+        with pytest.raises(StoreError, match=r"covers 126 of 150 chunks and cannot be extended.*No space left"):
+            BM25(store)
+    assert parts(store) == before
+    equal(BM25(store), whole)
+    assert len(parts(store)) < len(before)
+
+
+def test_large_segments_are_left_alone():
+    part = partial(manifest.Part, "x", 0, 1, files={})
+    few = [part(rows=postings.LARGEST - 1)] * postings.FAN
+    assert postings.crowded(few) == postings.FAN
+    assert postings.crowded([part(rows=postings.LARGEST)] * 3 * postings.FAN) == 0
+    assert postings.crowded([*few, part(rows=postings.LARGEST)]) == 0
+
+
+def test_more_rows_than_keys_can_count_are_refused(tmp_path, monkeypatch):
+    store = Datastore.build(tmp_path / "kb.ralm", documents(TEXTS[:9]), split="none")
+    monkeypatch.setattr(topk, "LAST_ROW", 8)
+    BM25(store)
+    monkeypatch.setattr(topk, "LAST_ROW", 7)
+    with pytest.raises(UsageError, match=r"9 chunks.*at most 8"):
+        BM25(store)
 
 
 @pytest.mark.parametrize("merge", [False, True])

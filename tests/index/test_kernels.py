@@ -1,6 +1,7 @@
 """The compiled loops one by one, against a few lines of plain Python."""
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 from hypothesis import given, settings
@@ -58,3 +59,17 @@ def test_find_is_a_dictionary(vocabulary, wanted):
     words = sorted(vocabulary)
     got = kernels.find(*blob(words), *blob(wanted))
     assert got.tolist() == [words.index(w) if w in vocabulary else -1 for w in wanted]
+
+
+@given(st.lists(st.dictionaries(st.binary(min_size=1, max_size=3), st.booleans(), max_size=12), max_size=4))
+@settings(max_examples=200, deadline=None)
+def test_merging_words_is_a_sorted_set(vocabularies):
+    words = [w for v in vocabularies for w in sorted(v)]
+    keep = np.array([v[w] for v in vocabularies for w in sorted(v)], bool)
+    ends = np.cumsum([0, *map(len, words)])
+    blob = np.frombuffer(bytearray(b"".join(words)), np.uint8)
+    ptr = np.cumsum([0, *map(len, vocabularies)])
+    number, out, starts = kernels.merge_words(blob, ends[:-1], ends[1:], ptr, keep)
+    want = sorted({w for w, k in zip(words, keep) if k})
+    assert [out[a:b].tobytes() for a, b in pairwise(starts)] == want
+    assert number.tolist() == [want.index(w) if k else -1 for w, k in zip(words, keep)]
