@@ -13,6 +13,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from ralm.registry import make
 from ralm.what.rows import clean
 
 Splitter = Callable[[str], list[tuple[int, int]]]
-WORD = re.compile(r"\S+")
+MOST = 1 << 31  # words that the regular expressions of Python can count
 
 
 def split(spec: str) -> Splitter:
@@ -62,6 +64,12 @@ def _growing(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return out
 
 
+@cache
+def _words(n: int) -> re.Pattern[str]:
+    """n words, fewer at the end of the text."""
+    return re.compile(rf"\S++(?:\s++\S++){{0,{n - 1}}}+")
+
+
 @dataclass(frozen=True)
 class Words:
     """Blocks of n words; the text between the words stays as it is."""
@@ -73,8 +81,10 @@ class Words:
         _sizes("words", self.n, self.overlap)
 
     def __call__(self, text: str) -> list[tuple[int, int]]:
-        words = [m.span() for m in WORD.finditer(text)]
-        return [(words[a][0], words[b - 1][1]) for a, b in _blocks(len(words), self.n, self.overlap)]
+        """Every block is a row of units, of as many words as divide both numbers: one match a unit, not one a word."""
+        unit = min(gcd(self.n, self.overlap), MOST)
+        found = [m.span() for m in _words(unit).finditer(text)]
+        return [(found[a][0], found[b - 1][1]) for a, b in _blocks(len(found), self.n // unit, self.overlap // unit)]
 
 
 @dataclass(frozen=True)

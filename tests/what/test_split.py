@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -54,6 +56,22 @@ def test_words_overlap(text, n, data):
     spans = check(split(f"words:{n},overlap={overlap}"), text, overlap=True)
     blocks = [text[a:b].split() for a, b in spans]
     assert blocks == [words[i:i + n] for i in range(0, max(len(words) - overlap, min(1, len(words))), n - overlap)]
+
+
+@given(st.text(alphabet="ab \t\n\x1c\x85\u2003\u200b\ud800é", max_size=60), st.integers(1, 12), st.data())
+@settings(max_examples=300, deadline=None)
+def test_words_are_what_a_match_a_word_gives(text, n, data):
+    overlap = data.draw(st.integers(0, n - 1))
+    words = [m.span() for m in re.finditer(r"\S+", text)]
+    blocks, first = [], 0
+    while first < len(words) and (first == 0 or first + overlap < len(words)):
+        blocks.append((words[first][0], words[min(first + n, len(words)) - 1][1]))
+        first += n - overlap
+    assert split(f"words:{n},overlap={overlap}")(text) == blocks
+
+
+def test_more_words_than_can_be_counted():
+    assert split(f"words:{10**12}")("one two") == split(f"words:{10**12},overlap={10**11}")("one two") == [(0, 7)]
 
 
 def test_dpr_passages():
