@@ -50,7 +50,8 @@ class View:
     def _column(self, dataset, *names: str) -> list[np.ndarray]:
         with tables.guard(lambda e: self._lost(dataset, e)):
             table = dataset.to_table(columns=list(names))
-        return [table.column(n).to_numpy().astype(np.int64 if n != "_key" else np.uint64, copy=False) for n in names]
+        arrays = [table.column(n).to_numpy() for n in names]
+        return [a.view(np.int64) if a.dtype == np.uint64 and n != "_key" else a for n, a in zip(names, arrays)]  # no copies
 
     def _lost(self, dataset, error: BaseException) -> StoreError:
         floor = tables.load(self.path)["floor"]
@@ -118,7 +119,10 @@ class View:
         wanted = np.zeros(top, bool)
         wanted[revs] = True
         out = np.zeros(self.chunk_rows, bool)
-        out[ids[wanted[rev]]] = True
+        if len(ids) and ids[-1] - ids[0] == len(ids) - 1:  # none was dropped: no list of 8 bytes a chunk is needed
+            out[ids[0]:ids[-1] + 1] = wanted[rev]
+        else:
+            out[ids[wanted[rev]]] = True
         return out
 
     @cached_property

@@ -20,7 +20,8 @@ from ralm.what import filters, tables
 from ralm.what.rows import FIELDS, Row, batches, id_of, key_of
 from ralm.what.view import View
 
-FRESH = 200_000  # documents written in one add before the look-up arrays are read again
+FRESH = 200_000  # documents written in one add before the look-up arrays are read again, or, where it is more,
+SHARE = 20  # a 20th of all documents: the reading then grows as their number does, not as its square
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class Writer:
             for group in batches(documents, count, characters, self._repeated):
                 total += self._batch(group)
                 advance(len(group))
-                if len(self.written) > FRESH:
+                if len(self.written) > max(FRESH, self.view.n_documents // SHARE):
                     self.view, self.written = View(self.path, self.view.facts), {}
                 self._tidy(tables.MANY)
         self._tidy(tables.FRAGMENTS)
