@@ -9,7 +9,6 @@ names both sides and both ways out; a segment is complete before the manifest th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ralm.errors import FingerprintError, StoreError
+from ralm.what import sums
+from ralm.what.sums import sha256
 
 FORMAT = 1
 
@@ -59,11 +60,11 @@ def load(folder: Path) -> Manifest | None:
     if not file.is_file():
         return None
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = sums.unsealed(json.loads(file.read_text(encoding="utf-8")))
         parts = tuple(Part(**p) for p in raw.pop("parts"))
         manifest = Manifest(**raw, parts=parts)
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise StoreError(f"{file} is damaged ({e}); delete {folder} and build it again with ralm index") from e
+        raise StoreError(f"{file} is damaged ({e}); {remedy(folder)}") from e
     if manifest.format > FORMAT:
         raise StoreError(f"{folder} has format {manifest.format}, this ralm reads up to {FORMAT}; install a newer ralm")
     return manifest
@@ -103,7 +104,7 @@ def commit(folder: Path, manifest: Manifest) -> None:
     raw = asdict(manifest)
     temporary = folder / f"manifest.{os.getpid()}.tmp"
     with temporary.open("w", encoding="utf-8") as f:
-        json.dump(raw, f, indent=1, sort_keys=True)
+        json.dump(sums.sealed(raw), f, indent=1, sort_keys=True)
         f.flush()
         os.fsync(f.fileno())
     temporary.replace(folder / "manifest.json")
@@ -114,13 +115,37 @@ def commit(folder: Path, manifest: Manifest) -> None:
 
 
 def sizes(folder: Path, part: Part) -> None:
-    """Raise StoreError where a file of the segment is missing or has another size (cheap; done at every opening)."""
+    """Raise StoreError where a file of the segment is missing or is not what was written.
+
+    Every byte is read the first time on a machine, and a stat is enough from then on (ralm.what.sums)."""
     for name, facts in part.files.items():
         file = folder / part.name / name
         found = file.stat().st_size if file.is_file() else None
         if found != facts["bytes"]:
-            raise StoreError(f"{file} has {found} bytes, its manifest says {facts['bytes']}; the store itself is not touched: "
-                             f"delete {folder} and build it again with ralm index")
+            raise StoreError(f"{file} has {found} bytes, its manifest says {facts['bytes']}; {remedy(folder)}")
+    wanted = {f"{part.name}/{name}": facts["sha256"] for name, facts in part.files.items()}
+    for name, found in sums.differing(folder, wanted):
+        if found is None:
+            raise StoreError(f"{folder / name} is missing; {remedy(folder)}")
+        raise StoreError(f"{folder / name} is not what was written (checksum differs); {remedy(folder)}")
+
+
+def remedy(folder: Path) -> str:
+    """What to do about a damaged artifact: the one command that makes it anew from the documents."""
+    store = folder.parent.parent
+    return f"the documents are not touched, build it again: ralm index {store} --index {_spec(folder)} --rebuild"
+
+
+def _spec(folder: Path) -> str:
+    """The spec that builds this artifact; with its encoder, where its manifest can still be read."""
+    name, options = folder.name.partition("-")[::2]
+    try:
+        settings = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["settings"]
+        encoder = str(settings["encoder"]) if name == "dense" else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        encoder = ""
+    parts = [p for p in (encoder, f"name={options}" if options else "") if p]
+    return f"{name}:{','.join(parts)}" if parts else name
 
 
 def verify(folder: Path, manifest: Manifest) -> list[str]:
@@ -134,8 +159,3 @@ def verify(folder: Path, manifest: Manifest) -> list[str]:
             elif sha256(file) != facts["sha256"]:
                 wrong.append(f"{file} is not what was written (checksum differs)")
     return wrong
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

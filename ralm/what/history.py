@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from datetime import datetime
 
-from ralm.what import tables
+from ralm.what import sums, tables
 
 ACTIONS = {"Append": "add", "Update": "change", "Delete": "remove", "Merge": "columns",
            "Rewrite": "compact", "BaseOperation": "compact"}
@@ -27,6 +27,7 @@ class VersionInfo:
 
 def of(view) -> list[VersionInfo]:
     """The versions from the oldest that can be opened up to the view's."""
+    sums.check_log(view.path, "documents")
     out = []
     for entry in view.documents.versions():
         number = entry["version"]

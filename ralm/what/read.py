@@ -28,6 +28,7 @@ from ralm.what.archive import members
 from ralm.what.stream import CAP, RATIO, Metered, Reason, clean, unpacked, whole
 from ralm.what.walk import File, find, kind_of
 
+HOPELESS = 1_000_000  # rows in a row that cannot be read, after which the rest of a file is left: 100 bytes may unpack to as many
 NOTES = 20  # files that are named one by one; of the rest only the number
 FAULTS = (Reason, OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, zipfile.BadZipFile, UnicodeError, MemoryError)
 
@@ -173,12 +174,17 @@ def _parts(file: File, opened: Callable[[], Metered], meter: Meter, faults: Faul
 
 
 def _rows(file: File, rows: Iterator[records.Row], faults: Faults) -> Iterator[Document]:
+    bad = 0
     for number, row in rows:
         try:
             document = records.document(row, f"{file.id}:{number}", file.source)
         except Reason as e:
             faults.row(file.source, number, str(e))
+            bad += 1
+            if bad >= HOPELESS:
+                raise Reason(f"has {bad:,} rows in a row that cannot be read, up to {number:,}: the rest of it is left") from e
         else:
+            bad = 0
             yield document
 
 

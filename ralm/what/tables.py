@@ -5,6 +5,7 @@
       documents.lance   one row per document of a version; its Lance version is the datastore's version
       texts.lance       one row per document revision ever added: rev -> id, title, source, text     (append-only)
       chunks.lance      one row per chunk ever cut: id -> rev, start, end                            (append-only)
+      sums.txt          the checksum of every file of the tables (sums.py)
       write.lock        held by the one writer
 
 Texts live apart from documents so that a version is a small table: removing or updating rewrites no text, and a chunk of
@@ -17,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from typing import Any
 import pyarrow as pa
 
 from ralm.errors import RalmError, StoreError
+from ralm.what import sums
 
 FORMAT = 1
 NOTE = "ralm"  # the transaction property that says what a commit did
@@ -48,6 +50,7 @@ def table(path: Path, name: str, version: int | None = None):
     folder = path / f"{name}.lance"
     if not folder.is_dir():
         raise StoreError(f"{folder} is missing: {path} is damaged; restore that folder from a copy, or build the datastore again")
+    sums.check(path, name, version)
     with guard(lambda e: damaged(folder, e)):
         return lance.dataset(str(folder), version=version)
 
@@ -63,10 +66,14 @@ def guard(error: Callable[[BaseException], Exception]) -> Iterator[None]:
         raise error(e) from e
 
 
-def writing(dataset) -> AbstractContextManager[None]:
-    """A failed write is one line: a full disk, a folder without permission."""
-    return guard(lambda e: StoreError(f"writing to {dataset.uri} failed ({reason(e)}); what was committed before stays: see to the "
-                                      "cause (space, permissions) and run it again"))
+@contextmanager
+def writing(dataset) -> Iterator[None]:
+    """A commit and its checksums. A failed write is one line: a full disk, a folder without permission."""
+    with guard(lambda e: StoreError(f"writing to {dataset.uri} failed ({reason(e)}); what was committed before stays: see to the "
+                                    "cause (space, permissions) and run it again")):
+        yield
+        folder = Path(dataset.uri)
+        sums.extend(folder.parent, folder.name.removesuffix(".lance"))
 
 
 def damaged(folder: Path, error: BaseException) -> StoreError:
@@ -86,6 +93,7 @@ def empty(path: Path, name: str, columns: list[pa.Field], note: Mapping[str, Any
 
     schema = pa.schema(list(SCHEMAS[name]) + columns)
     lance.write_dataset(schema.empty_table(), str(path / f"{name}.lance"), transaction_properties=properties(note))
+    sums.extend(path, name)
 
 
 def properties(note: Mapping[str, Any]) -> dict[str, str]:
@@ -160,11 +168,11 @@ def load(path: Path) -> dict[str, Any]:
         what = "is no datastore (it has no store.json)" if path.exists() else "does not exist"
         raise StoreError(f"{path} {what}; build one with ralm build {path} FILES, or check the path")
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
+        facts = sums.unsealed(json.loads(file.read_text(encoding="utf-8")))
         number = int(facts["format"])
         if not all(isinstance(facts[k], str) for k in ("id", "split")) or not all(isinstance(facts[k], int) for k in BOUNDS):
             raise ValueError("a value has the wrong type")
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise StoreError(f"{file} is damaged ({type(e).__name__}: {e}); restore it from a copy, or build it again") from e
     if number > FORMAT:
         raise StoreError(f"{path} has format {number}, this ralm reads up to {FORMAT}; install a newer ralm")
@@ -175,7 +183,7 @@ def save(path: Path, facts: Mapping[str, Any]) -> None:
     """Replace store.json in one step."""
     temporary = path / f"store.{os.getpid()}.tmp"
     with temporary.open("w", encoding="utf-8") as f:
-        json.dump(facts, f, indent=1, sort_keys=True)
+        json.dump(sums.sealed(facts), f, indent=1, sort_keys=True)
         f.flush()
         os.fsync(f.fileno())
     temporary.replace(path / "store.json")

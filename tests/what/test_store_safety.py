@@ -100,6 +100,9 @@ def test_changed_bytes_are_found(store):
     raw = file.read_bytes()
     assert raw.count(b"secret3zz") == 3
     file.write_bytes(raw.replace(b"secret3zz", b"secret3zy"))
+    with pytest.raises(StoreError, match=f"{file.name} is not what was written .* restore it from a copy"):
+        Datastore.open(store.path)
+    (store.path / "sums.txt").unlink()
     assert Datastore.open(store.path).verify() == ["d3"]
 
 

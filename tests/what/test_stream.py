@@ -69,6 +69,17 @@ def test_bombs_are_refused_and_long_lines_passed_over(tmp_path, monkeypatch):
     assert list(read(put(tmp_path / "big.txt", b"x" * (2 << 20)), skipped=skipped)) == [] and "more than 1 MB" in skipped[0][1]
 
 
+def test_a_file_of_nothing_but_bad_rows_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("ralm.what.read.HOPELESS", 1000)
+    skipped = []
+    bad, good = b"a\n" * 999, rows(1)
+    assert len(list(read(put(tmp_path / "a.jsonl", bad + good + bad + good), skipped=skipped))) == 2
+    assert "1,998 rows" in skipped[0][1]
+    skipped.clear()
+    assert len(list(read(put(tmp_path / "b.jsonl.zst", zst(good + b"a\n" * 5000)), skipped=skipped))) == 1
+    assert "1,000 rows in a row that cannot be read, up to 1,001" in skipped[-1][1]
+
+
 def test_unpacking_does_not_read_the_whole_file_at_once():
     class Slow(io.RawIOBase):
         def __init__(self, data):
