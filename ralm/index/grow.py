@@ -123,13 +123,12 @@ def compact(store) -> None:
         now = manifest.load(folder)
         if now is None:
             return
-        found = [ids for ids, _, _ in store.texts()]
-        stored = np.concatenate(found) if found else np.empty(0, np.int64)
-        parts = []
+        stored, parts = store.stored_ids(), []
         for part in now.parts:
             if part.rows:
                 segment = postings.open_segment(folder, part)
-                keep = np.isin(segment.ids, stored, assume_unique=True)
+                near = slice(*np.searchsorted(stored, [part.first, part.stop]))
+                keep = np.isin(segment.ids, stored[near], assume_unique=True)
                 if not keep.any():
                     part = postings.nothing(part.first, part.stop)
                 elif not keep.all():

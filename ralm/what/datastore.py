@@ -227,6 +227,10 @@ class Datastore:
         """int64, ascending: the chunks of this version."""
         return np.flatnonzero(self.alive)
 
+    def stored_ids(self) -> np.ndarray:
+        """int64, ascending, read-only: all stored chunks, those that this version does not hold among them."""
+        return self._view.stored_ids()
+
     def chunks(self, ids: Sequence[int]) -> list[Chunk]:
         """The chunks with these ids, in the order asked, whether this version holds them or not.
 

@@ -309,6 +309,12 @@ class View:
             found = self.sources(revs[i:i + batch], keep=False)
             yield from sorted(found.items())
 
+    def stored_ids(self) -> np.ndarray:
+        """See Datastore.stored_ids."""
+        ids = self._chunk[0].view()
+        ids.flags.writeable = False
+        return ids
+
     def stored(self, first: int = 0, batch: int = 4096) -> Iterator[tuple[np.ndarray, list[str], list[str]]]:
         """See Datastore.texts."""
         ids, revs = self._chunk
