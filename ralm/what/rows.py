@@ -29,6 +29,8 @@ def clean(text: str) -> str:
     """Text as it can be stored: lone surrogates, which are no characters, become U+FFFD one for one, so offsets stay.
 
     Everything else stays as it is, NUL included."""
+    if text.isascii():
+        return text
     try:
         text.encode("utf-8")
         return text
@@ -56,15 +58,17 @@ def row(document: Document) -> Row:
             raise UsageError(f"document {document.id!r} has {name} = {value!r} ({type(value).__name__}), not text; convert it")
     if not document.id:
         raise UsageError(f"a document has an empty id (text begins {document.text[:40]!r}); give every document an id of its own")
-    metadata = _json(document)
+    metadata = "{}" if document.metadata == {} else _json(document)
     fields = tuple(clean(getattr(document, name)) for name in FIELDS)
     text = clean(document.text)
     digest = hashlib.sha256()  # without the source: the same file reached by another path is the same document
     hashed = (value for name, value in zip(FIELDS, fields) if name != "source")
-    for part in (text, *hashed, json.dumps(json.loads(metadata), sort_keys=True)):
+    kept = json.loads(metadata)
+    for part in (text, *hashed, json.dumps(kept, sort_keys=True) if kept else metadata):
         raw = part.encode()
-        digest.update(len(raw).to_bytes(8, "little") + raw)
-    return Row(id_of(document.id), text, fields, json.loads(metadata), metadata, digest.hexdigest())
+        digest.update(len(raw).to_bytes(8, "little"))
+        digest.update(raw)
+    return Row(id_of(document.id), text, fields, kept, metadata, digest.hexdigest())
 
 
 def _json(document: Document) -> str:

@@ -15,6 +15,7 @@ from typing import BinaryIO
 import zstandard
 
 BLOCK = 1 << 20
+FIRST = 64 << 10
 CAP = 256 << 20  # most bytes of one line, one row or one text
 RATIO = 500  # beyond CAP bytes, a file that expands more than this is refused: text expands 2 to 20 times, deflate at most 1032
 EMPTY = 1_000_000  # lines of nothing but their end, in a row: only a decompression bomb has as many
@@ -97,7 +98,9 @@ def unpacked(raw: io.RawIOBase, packing: str, size: int) -> io.BufferedReader:
 
 def whole(stream: BinaryIO) -> bytes:
     """All bytes of a stream of at most CAP bytes."""
-    data = stream.read(CAP + 1)
+    data = stream.read(FIRST)  # most are small: room for CAP bytes takes longer to get than they to read
+    if len(data) == FIRST:
+        data += stream.read(CAP + 1 - FIRST)
     if len(data) > CAP:
         raise Reason(f"is one text of more than {CAP >> 20} MB: cut it into several files or into rows of a .jsonl")
     return data

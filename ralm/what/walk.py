@@ -122,7 +122,7 @@ def _single(path: str, seen: set[str]) -> list[File]:
 def _folder(root: str, seen: set[str], bad: Callable[[str, str], None], notes: list[str]) -> list[File]:
     files: list[File] = []
     unknown: Counter[str] = Counter()
-    for relative, path, left_out in _walk(root, bad):
+    for relative, path, real, left_out in _walk(root, bad):
         if left_out:
             notes.append(f"{printable(path)}: left out ({left_out})")
             continue
@@ -130,11 +130,15 @@ def _folder(root: str, seen: set[str], bad: Callable[[str, str], None], notes: l
         if kind is None:
             unknown[ending(path)] += 1
             continue
-        real = os.path.realpath(path)
         if real in seen:
             continue
+        try:
+            size = os.path.getsize(path)
+        except OSError as e:  # gone meanwhile
+            bad(printable(path), f"cannot be read ({e.strerror or e})")
+            continue
         seen.add(real)
-        files.append(File(path, printable(path), printable(relative), *kind, os.path.getsize(path)))
+        files.append(File(path, printable(path), printable(relative), *kind, size))
     if unknown:
         listed = ", ".join(f"{n} {suffix}" for suffix, n in unknown.most_common(8))
         rest = unknown.total() - sum(n for _, n in unknown.most_common(8))
@@ -145,36 +149,51 @@ def _folder(root: str, seen: set[str], bad: Callable[[str, str], None], notes: l
     return files
 
 
-def _walk(folder: str, bad: Callable[[str, str], None]) -> Iterator[tuple[str, str, str]]:
-    """(path relative to the argument, path, why it is left out) of every regular file, sorted, links followed once.
+def _walk(folder: str, bad: Callable[[str, str], None]) -> Iterator[tuple[str, str, str, str]]:
+    """(path relative to the argument, path, real path, why it is left out) of every regular file, sorted, links followed once.
 
     Links come last: a file keeps the name it has itself, whatever else points to it. A stack of our own, not recursion: folders may
-    be nested deeper than Python's stack."""
+    be nested deeper than Python's stack. What the listing of a folder says of its entries is not asked of each again."""
     visited: set[str] = set()
-    stack, links = [("", folder)], []
+    stack, links = [("", folder, os.path.realpath(folder), True)], []
     while stack or links:
-        relative, path = (stack or links).pop()
+        relative, path, real, is_folder = stack.pop() if stack else _followed(*links.pop())
+        if not is_folder:
+            if is_folder is False:
+                yield relative, path, real, ""
+            continue
+        if real in visited:  # a second link to it, or a loop
+            continue
+        visited.add(real)
         try:
-            if not os.path.isdir(path):
-                if os.path.isfile(path):  # a pipe or a device would block for ever
-                    yield relative, path, ""
-                continue
-            real = os.path.realpath(path)
-            if real in visited:  # a second link to it, or a loop
-                continue
-            visited.add(real)
-            names = os.listdir(path)
+            with os.scandir(path) as entries:
+                there = {e.name: e for e in entries}
         except OSError as e:
             bad(printable(path), f"cannot be listed ({e.strerror or e})")
             continue
-        aside = beir(names)
+        aside = beir(list(there))
         for name in sorted(aside):
-            yield os.path.join(relative, name), os.path.join(path, name), "of a BEIR set only the corpus becomes documents"
-        for name in sorted(set(names) - aside, reverse=True):
+            yield os.path.join(relative, name), os.path.join(path, name), "", "of a BEIR set only the corpus becomes documents"
+        for name in sorted(set(there) - aside, reverse=True):
             if name.startswith(".") or name in LEFT_OUT:
                 continue
-            inside = os.path.join(path, name)
-            (links if os.path.islink(inside) else stack).append((f"{relative}/{name}" if relative else name, inside))
+            place = f"{relative}/{name}" if relative else name, os.path.join(path, name)
+            if there[name].is_symlink():
+                links.append(place)
+            else:
+                stack.append((*place, os.path.join(real, name), _kind(there[name])))
+
+
+def _followed(relative: str, path: str) -> tuple[str, str, str, bool | None]:
+    """A link, as what it leads to."""
+    return relative, path, os.path.realpath(path), True if os.path.isdir(path) else False if os.path.isfile(path) else None
+
+
+def _kind(entry: os.DirEntry) -> bool | None:
+    """True for a folder, False for a regular file, None for what would block for ever: a pipe or a device."""
+    if entry.is_dir(follow_symlinks=False):
+        return True
+    return False if entry.is_file(follow_symlinks=False) else None
 
 
 def _apart(arguments: Sequence[str], found: list[list[File]]) -> list[list[File]]:
