@@ -38,7 +38,7 @@ def _value(text: str) -> Any:
     return value if isinstance(value, int | float) else text
 
 
-def whole(least: int, **values: Any) -> None:
+def whole(least: int, /, **values: Any) -> None:
     """Raise UsageError unless every named value is a whole number (not 2.5, not true) of at least `least`."""
     for name, value in values.items():
         if not isinstance(value, Integral) or isinstance(value, bool) or value < least:

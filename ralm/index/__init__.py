@@ -59,14 +59,16 @@ def built(store) -> list[str]:
 
 
 def update(store) -> None:
-    """Extend every artifact that is there to all stored rows; linear in the new ones. To be called after an add."""
+    """Extend every artifact that is there to all stored rows; linear in the new ones. To be called after an add.
+
+    A suffix index needs its tokenizer, so it is extended when it is opened next."""
     for part, _ in store.parts:
         for artifact in built(part):
             if _kind(part, artifact) == "sparse":
                 from ralm.index import grow
 
                 grow.ready(part, grow.Wish())
-            else:
+            elif _kind(part, artifact) == "dense":
                 from ralm.index import dense
 
                 dense.update(part, artifact)
@@ -80,10 +82,14 @@ def compact(store) -> None:
                 from ralm.index import grow
 
                 grow.compact(part)
-            else:
+            elif _kind(part, artifact) == "dense":
                 from ralm.index import dense
 
                 dense.compact(part, artifact)
+            elif _kind(part, artifact) == "suffix":
+                from ralm.index import suffix
+
+                suffix.compact(part, artifact)
 
 
 def _class(name: str):

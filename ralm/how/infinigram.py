@@ -1,0 +1,134 @@
+"""HOW at the output, without a neural retriever: the model's distribution is mixed with an n-gram's of unbounded n (`InfiniGram`).
+
+    n = the longest suffix of x_<t that occurs in the store with a successor
+    p_inf(y) = count(suffix y) / count(suffix)                Infini-gram (Liu et al. 2024, section 2)
+    p(y) = (1 - lam) p_LM(y) + lam p_inf(y)                   section 5; lam = `sparse` where p_inf gives one token all its mass
+
+The estimate is exact counting (`ralm.index.suffix`), so a removed document changes p at once to what it would have been without it,
+and `Matches.occurrences` names the documents behind every count. Scoring needs the count of one token per position: `targets`
+enumerates nothing; `logprobs` adds the successors to the model's distribution in place (a law says that they agree)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from ralm.errors import UsageError
+from ralm.how.input import Plain
+from ralm.registry import real, whole
+from ralm.types import Fusion, LanguageModel, Segment
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ralm.index.suffix import Matches
+
+    Span = tuple[Segment, Tensor]
+
+
+@dataclass(frozen=True)
+class InfiniGram:
+    """lam: weight of the estimate, 0 to 1; sparse: its weight where all occurrences have the same successor; least: occurrences the
+    suffix must have; most: tokens of it that are looked at (None: all).
+
+    fetch.suffix(ids, start, stop, least, most) gives the `Matches` of the positions [start, stop) of a text's ids; it is None where
+    there is nothing to count, and then `inner` speaks alone (the model, or what stands before: `prepend+infgram`)."""
+
+    lam: float = 0.2
+    sparse: float = 0.5
+    least: int = 1
+    most: int | None = None
+    inner: Fusion = field(default_factory=Plain)
+    what: ClassVar[str] = "tokens"
+    how: ClassVar[str] = "output"
+
+    def __post_init__(self):
+        for name in ("lam", "sparse"):
+            value = getattr(self, name)
+            if not real(value) or not 0 <= value <= 1:
+                raise UsageError(f"{name}={value} is not a weight; use 0..1")
+        whole(1, least=self.least)
+        if self.most is not None:
+            whole(0, most=self.most)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.inner.needs | {"logits"}
+
+    @property
+    def query_tokens(self) -> int:
+        return self.inner.query_tokens
+
+    def reserve(self, lm: LanguageModel) -> int:
+        return self.inner.reserve(lm)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the counts can change nothing."""
+        return self.lam == 0 and self.sparse == 0
+
+    # ---- the contract -----------------------------------------------------------------------------------------------
+
+    def logprobs(self, lm: LanguageModel, ids_BT: Tensor, segments: Sequence[Segment], fetch: Callable, store) -> Iterator[Span]:
+        """Yield (segment, logp_BSV)."""
+        import torch
+
+        for s, logp_BSV in self.inner.logprobs(lm, ids_BT, segments, fetch, store):
+            found = self._find(ids_BT, s, fetch)
+            yield s, logp_BSV if found is None else torch.stack([self.mix(p, f) for p, f in zip(logp_BSV, found)])
+
+    def targets(self, lm: LanguageModel, ids_BT: Tensor, segments: Sequence[Segment], fetch: Callable, store) -> Iterator[Span]:
+        """Yield (segment, logp_BS): ln p of the tokens that stand in ids_BT."""
+        import torch
+
+        from ralm.how.rows import of_targets
+
+        inner = getattr(self.inner, "targets", None)
+        args = lm, ids_BT, segments, fetch, store
+        for s, logp_BS in inner(*args) if inner else of_targets(self.inner, *args):
+            found = self._find(ids_BT, s, fetch)
+            yield s, logp_BS if found is None else torch.stack([self.mix_targets(p, f) for p, f in zip(logp_BS, found)])
+
+    def _find(self, ids_BT: Tensor, s: Segment, fetch: Callable) -> list[Matches] | None:
+        """The matches of a segment's positions for every row of the batch."""
+        if self.idle or getattr(fetch, "suffix", None) is None:
+            return None
+        return [fetch.suffix(row, s.start, s.stop, self.least, self.most) for row in ids_BT.tolist()]
+
+    # ---- the arithmetic ---------------------------------------------------------------------------------------------
+
+    def lams(self, found: Matches) -> Tensor:
+        """The estimate's weight at each position, float32 [S]; 0 where there is no estimate."""
+        import torch
+
+        sparse_S = torch.from_numpy(found.sparse)
+        lam_S = torch.where(sparse_S, torch.tensor(float(self.sparse)), torch.tensor(float(self.lam)))
+        return torch.where(torch.from_numpy(found.count > 0), lam_S, 0.0)
+
+    def mix(self, logp_SV: Tensor, found: Matches) -> Tensor:
+        """ln [(1 - lam) p_LM + lam p_inf] over the vocabulary, float32; only successors are touched beyond a constant.
+
+        Raises UsageError where the index holds tokens that the model does not have."""
+        import torch
+
+        lam_S, (pointers, tokens, counts) = self.lams(found), found.rows()
+        if len(tokens) and tokens.max() >= logp_SV.shape[1]:
+            raise UsageError(f"the index holds token {tokens.max()}, the model has {logp_SV.shape[1]} tokens; use an index made "
+                             "with the model's own tokenizer")
+        pointers, tokens, counts = map(torch.from_numpy, (pointers, tokens, counts))
+        rows = torch.repeat_interleave(torch.arange(len(lam_S)), pointers.diff())
+        ratio = counts.double() / torch.from_numpy(found.count)[rows]
+        lm_SV = logp_SV.float() + torch.log1p(-lam_S)[:, None]
+        there = torch.logaddexp(lm_SV[rows, tokens], torch.log(lam_S)[rows] + torch.log(ratio).float())
+        out = lm_SV.index_put((rows, tokens), there)
+        return torch.where(lam_S[:, None] == 0, logp_SV, out)
+
+    def mix_targets(self, logp_S: Tensor, found: Matches) -> Tensor:
+        """As `mix`, of the text's own token at each position: [S]."""
+        import torch
+
+        lam_S = self.lams(found)
+        ratio = torch.from_numpy(found.target).double() / torch.from_numpy(found.count).clamp(min=1)
+        out = torch.logaddexp(logp_S.float() + torch.log1p(-lam_S), torch.log(lam_S) + torch.log(ratio).float())
+        return torch.where(lam_S == 0, logp_S, out)
