@@ -75,3 +75,34 @@ def test_hostile_markup_neither_hangs_nor_loses_text(data):
 def test_text_before_and_after_a_deep_part_is_kept():
     page = html(b"<p>before</p>" + b"<div>" * 3000 + b"inside" + b"</div>" * 3000 + b"<p>after</p>")
     assert page.text.split("\n") == ["before", "inside", "after"] and "3,002 levels" in page.remark
+
+
+STATED = ("<body><header>Site name</header><nav>Menu entry</nav><div{role}><{tag}><h1>Heading</h1><p>One   two\n three <b>four</b> "
+          "five.</p><aside>See also</aside><div role=navigation>Next page</div><pre>def f():\n    return 1\n</pre><table><tr>"
+          "<td>a</td><td>b</td></tr></table></{tag}></div><footer>Copyright</footer></body>")
+
+
+@pytest.mark.parametrize(("tag", "role"), [("article", ""), ("main", ""), ("section", " role='main'"), ("div", ' role="article"')])
+def test_the_part_that_a_page_calls_its_article_is_taken_as_it_stands(tag, role, monkeypatch):
+    import trafilatura
+
+    monkeypatch.setattr(trafilatura, "extract", lambda *args, **kwargs: pytest.fail("the page has said what its article is"))
+    page = html(STATED.format(tag=tag, role=role).encode())
+    assert page.text == "Heading\nOne two three four five.\ndef f():\n    return 1\na\tb" and page.remark == ""
+
+
+@pytest.mark.parametrize("data", [
+    f"<article>{ARTICLE}</article><article>{ARTICLE}</article>",  # two: a list of articles
+    f"<main><p>A word of welcome.</p></main><div>{ARTICLE}</div>",  # most of the text is elsewhere
+    f"<div>{ARTICLE}</div>"])
+def test_otherwise_trafilatura_is_asked(data, monkeypatch):
+    import trafilatura
+
+    monkeypatch.setattr(trafilatura, "extract", lambda *args, **kwargs: "what it says " * 99)
+    assert html(f"<html><body>{data}</body></html>".encode()).text == "what it says " * 99
+
+
+def test_an_article_with_comments_that_are_articles_is_one():
+    comment = "<section><article>A comment.</article></section>"
+    page = html(f"<body><article><h1>Heading</h1>{ARTICLE}{comment}</article></body>".encode())
+    assert page.text.startswith("Heading\n") and page.text.endswith("A comment.")
