@@ -20,7 +20,10 @@ UNSEEN = {"script", "style", "noscript", "template", "head", "svg", "iframe", "o
 BESIDE = {"nav", "aside", "footer", "form", "button", "menu", "dialog"}  # no part of an article, wherever they are,
 ROLES = {"navigation", "complementary", "contentinfo", "search", "banner"}  # nor what has these roles
 MOST = 0.6  # of the text that is not beside: as much must be in the part that a page calls its article
-SPACE = re.compile(r"[ \t\n\r\f]+")
+SPACES = re.compile(r"[ \r\f]{2,}")
+BLOCK, HIDDEN, ASIDE, CODE, CELL, REGION = 1, 2, 4, 8, 16, 32
+KIND = {tag: BLOCK * (tag in BLOCKS) | HIDDEN * (tag in UNSEEN) | ASIDE * (tag in BESIDE) | CODE * (tag == "pre")
+        | CELL * (tag in ("td", "th")) | REGION * (tag in ("article", "main")) for tag in {*BLOCKS, *UNSEEN, *BESIDE, "td", "th"}}
 DATES = ("article:published_time", "datepublished", "date", "dc.date", "dcterms.date")  # names of meta elements, best first
 
 
@@ -56,71 +59,66 @@ def html(data: bytes) -> Page:
 
 
 class _Seen:
-    """What the event parser tells: visible text, a line a block, and what the page says about itself."""
+    """What the event parser tells: visible text, a line a block, and what the page says about itself.
+
+    Called for every element of every page: `out` has all pieces of text, and `marks` where what they are part of changes."""
 
     def __init__(self):
         self.out: list[str] = []
-        self.parts: dict[str, list[str]] = {"body": [], "main": [], "article": []}  # what is not beside: all, and what is in them
-        self.open: list[tuple[str, int]] = []  # (part, depth) of open elements that are one
-        self.count = {"main": 0, "article": 0}  # those within another of their kind (comments to an article) not counted
+        self.regions: list[tuple[int, str]] = []  # (depth, "article", "main" or "beside") of what is open
+        self.marks: list[tuple[int, frozenset[str]]] = [(0, frozenset())]  # (from this piece on, what it is in)
+        self.count = {"main": 0, "article": 0, "beside": 0}  # without those within another of their kind (comments, say)
         self.names: list[str] = []
         self.meta: dict[str, str] = {}
         self.licence, self.elements, self.depth, self.deepest, self.hidden, self.titled = "", 0, 0, 0, 0, False
-        self.beside, self.apart, self.code = 0, [], 0  # open elements: with such a tag; depths of those with such a role; <pre>
+        self.code = 0  # open <pre>
 
     def start(self, tag: str, attributes) -> None:
         self.elements += 1
         self.depth += 1
-        self.deepest = max(self.deepest, self.depth)
-        self.hidden += tag in UNSEEN
-        self.beside += tag in BESIDE
-        self.code += tag == "pre"
+        if self.depth > self.deepest:
+            self.deepest = self.depth
+        kind = KIND.get(tag, 0)
+        if kind & BLOCK:
+            self.out.append("\n")
+        self.hidden += kind & HIDDEN
+        self.code += kind & CODE
         self.titled = tag == "title"
-        role = attributes.get("role") if attributes else None
-        if role in ROLES:
-            self.apart.append(self.depth)
-        part = tag if tag in ("main", "article") else role if role in ("main", "article") else ""
-        if part:
-            nested = any(p == part for p, _ in self.open)
-            self.count[part] += not nested
-            if not nested:
-                self.open.append((part, self.depth))
-        if tag in BLOCKS:
-            self._say("\n")
-        elif tag == "meta":
+        role = attributes["role"] if attributes and "role" in attributes else ""
+        if kind & (ASIDE | REGION) or role:
+            here = "beside" if kind & ASIDE or role in ROLES else tag if kind & REGION else role
+            if here in self.count and not any(h == here for _, h in self.regions):
+                self.count[here] += 1
+                self.regions.append((self.depth, here))
+                self._mark()
+        if tag == "meta":
             name = attributes.get("property") or attributes.get("name") or attributes.get("itemprop") or ""
             self.meta.setdefault(name.lower(), (attributes.get("content") or "").strip())
         elif tag in ("a", "link") and not self.licence and "license" in (attributes.get("rel") or "").lower().split():
             self.licence = attributes.get("href") or ""
 
     def end(self, tag: str) -> None:
-        if tag in BLOCKS:
-            self._say("\n")
-        elif tag in ("td", "th"):
-            self._say("\t")
-        while self.open and self.open[-1][1] >= self.depth:
-            self.open.pop()
-        while self.apart and self.apart[-1] >= self.depth:
-            self.apart.pop()
-        self.depth -= 1
-        self.hidden -= tag in UNSEEN
-        self.beside -= tag in BESIDE
-        self.code -= tag == "pre"
+        kind = KIND.get(tag, 0)
+        if kind & (BLOCK | CELL):
+            self.out.append("\n" if kind & BLOCK else "\t")
+        self.hidden -= kind & HIDDEN
+        self.code -= kind & CODE
         self.titled = False
+        if self.regions and self.regions[-1][0] >= self.depth:
+            while self.regions and self.regions[-1][0] >= self.depth:
+                self.regions.pop()
+            self._mark()
+        self.depth -= 1
 
     def data(self, text: str) -> None:
         if self.titled:
             self.names.append(text)
         elif not self.hidden:
             # a line of code keeps its spaces: NUL, of which there is none in the page, marks where one begins
-            self._say(text.replace("\n", "\n\0") if self.code else SPACE.sub(" ", text))
+            self.out.append(text.replace("\n", "\n\0") if self.code else text.replace("\n", " "))
 
-    def _say(self, text: str) -> None:
-        self.out.append(text)
-        if not self.beside and not self.apart:
-            self.parts["body"].append(text)
-            for part, _ in self.open:
-                self.parts[part].append(text)
+    def _mark(self) -> None:
+        self.marks.append((len(self.out), frozenset(here for _, here in self.regions)))
 
     def close(self) -> _Seen:
         return self
@@ -130,10 +128,12 @@ class _Seen:
 
     def article(self) -> str:
         """What the page calls its article, "" where it does not or where that is not most of the text."""
-        size = sum(map(len, self.parts["body"]))
-        for part in ("article", "main"):
-            if self.count[part] == 1 and sum(map(len, self.parts[part])) >= MOST * size:
-                return _lines(self.parts[part])
+        ends = [at for at, _ in self.marks[1:]] + [len(self.out)]
+        parts = [(self.out[at:end], inside) for (at, inside), end in zip(self.marks, ends) if "beside" not in inside]
+        sizes = [sum(map(len, pieces)) for pieces, _ in parts]
+        for name in ("article", "main"):
+            if self.count[name] == 1 and sum(n for n, (_, inside) in zip(sizes, parts) if name in inside) >= MOST * sum(sizes):
+                return _lines([piece for pieces, inside in parts if name in inside for piece in pieces])
         return ""
 
     def title(self) -> str:
@@ -145,5 +145,9 @@ class _Seen:
 
 
 def _lines(pieces: list[str]) -> str:
-    lines = (line[1:].rstrip() if line.startswith("\0") else line.strip() for line in "".join(pieces).split("\n"))
+    lines = (line[1:].rstrip() if line.startswith("\0") else _tidy(line.strip()) for line in "".join(pieces).split("\n"))
     return "\n".join(line for line in lines if line).replace("\0", "")
+
+
+def _tidy(line: str) -> str:
+    return SPACES.sub(" ", line) if "  " in line else line

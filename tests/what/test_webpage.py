@@ -78,7 +78,7 @@ def test_text_before_and_after_a_deep_part_is_kept():
 
 
 STATED = ("<body><header>Site name</header><nav>Menu entry</nav><div{role}><{tag}><h1>Heading</h1><p>One   two\n three <b>four</b> "
-          "five.</p><aside>See also</aside><div role=navigation>Next page</div><pre>def f():\n    return 1\n</pre><table><tr>"
+          "five.</p><aside>See also</aside><div role=navigation>Next page</div><pre>def f():\n    return  1\n</pre><table><tr>"
           "<td>a</td><td>b</td></tr></table></{tag}></div><footer>Copyright</footer></body>")
 
 
@@ -88,7 +88,7 @@ def test_the_part_that_a_page_calls_its_article_is_taken_as_it_stands(tag, role,
 
     monkeypatch.setattr(trafilatura, "extract", lambda *args, **kwargs: pytest.fail("the page has said what its article is"))
     page = html(STATED.format(tag=tag, role=role).encode())
-    assert page.text == "Heading\nOne two three four five.\ndef f():\n    return 1\na\tb" and page.remark == ""
+    assert page.text == "Heading\nOne two three four five.\ndef f():\n    return  1\na\tb" and page.remark == ""
 
 
 @pytest.mark.parametrize("data", [
