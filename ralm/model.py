@@ -14,16 +14,21 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ralm.errors import CapabilityError, RalmError, UsageError
+from ralm.how.output import innermost
 from ralm.types import Answer, Done, Event, Evidence, Fusion, Hits, Retrieved, Retriever, Schedule, Scored, Segment
-from ralm.when import Never, pieces, plan, schedule, window_of, windows
+from ralm.when import EveryN, Never, Once, pieces, plan, schedule, window_of, windows
 
 if TYPE_CHECKING:
     import torch
+
+    from ralm.provenance import Provenance
+    from ralm.what.token_store import Neighbours, TokenStore
 
 
 @dataclass
@@ -35,8 +40,9 @@ class RALM:
     lm: Any
     retriever: Retriever | None = None
     how: Fusion | str = "none"
-    when: Schedule | str = "once"
+    when: Schedule | str = "once"  # of passages; neighbours of tokens are looked for at every token
     where: str | None = None  # metadata filter on everything that is retrieved
+    tokens: TokenStore | None = None  # what fusions at the output ask (kNN-LM)
 
     def __post_init__(self):
         if isinstance(self.lm, str):
@@ -49,8 +55,11 @@ class RALM:
             self.how = fusion(self.how)
         if isinstance(self.when, str):
             self.when = schedule(self.when)
-        if self.how.how != "none" and self.retriever is None:
-            raise UsageError(f"{type(self.how).__name__} needs a retriever, none was given; pass one, or use how='none'")
+        passages = innermost(self.how)
+        if passages.how != "none" and self.retriever is None:
+            raise UsageError(f"{type(passages).__name__} needs a retriever, none was given; pass one, or use how='none'")
+        if self.how.what == "tokens":
+            self._check_tokens(passages)
         if "text" in self.lm.gives and "logits" not in self.lm.gives:
             from ralm.how.cite import check_text_only
 
@@ -61,9 +70,26 @@ class RALM:
     def __repr__(self) -> str:
         return f"RALM(lm={self.lm!r}, retriever={self.retriever!r}, how={self.how!r}, when={self.when!r})"
 
+    def _check_tokens(self, passages: Fusion) -> None:
+        """A fusion at the output has a token store, over the datastore that passages come from, made by this model."""
+        if self.tokens is None:
+            raise UsageError(f"{type(self.how).__name__} needs a token store, none was given; make one (TokenStore.build, ralm "
+                             "tokens) and pass tokens=…")
+        if passages.how == "none" and isinstance(self.when, Once):
+            self.when = EveryN(1)
+        if passages.how == "none" and not isinstance(self.when, Never) and self.when != EveryN(1):
+            raise UsageError(f"{self.when} is a schedule for passages; {type(self.how).__name__} looks for neighbours at every "
+                             "token: leave it out (skip=0.9 passes over tokens the model is sure of)")
+        if self.retriever is not None and self.retriever.store.id != self.tokens.store.id:
+            raise UsageError(f"passages come from {self.retriever.store.path}, tokens from {self.tokens.store.path}; use one "
+                             "datastore")
+        if self.tokens.lm is None:
+            raise UsageError("the token store was opened without a model, so nobody checked that it was made by this one; open it "
+                             "with TokenStore(store, lm)")
+
     @property
     def store(self):
-        return self.retriever.store if self.retriever is not None else None
+        return self.retriever.store if self.retriever is not None else self.tokens.store if self.tokens is not None else None
 
     def _refuse(self, who: str, needs: frozenset[str]) -> None:
         missing = " and ".join(sorted(needs - self.lm.gives))
@@ -80,15 +106,15 @@ class RALM:
         after the first (default: half the room left for text). exclude: ids of documents that must not be retrieved.
         query: what to search for where the prompt ends (default: the prompt; given, it is asked even without a prompt).
         Raises UsageError for a window or stride that does not fit, CapabilityError for a model without distributions."""
+        return self._score(self._run(text, prompt, window, stride, exclude, query), text)
+
+    def _score(self, run: _Run, text: str | Sequence[int]) -> Scored:
         import torch
 
-        began = time.perf_counter()
-        run = self._run(text, prompt, window, stride, exclude, query)
-        logp: list[float] = []
+        began, logp = time.perf_counter(), []
         with torch.inference_mode():
-            for start, logp_SV in run.distributions():
-                targets = torch.tensor(run.ids[start:start + len(logp_SV)])
-                logp += logp_SV.gather(1, targets[:, None])[:, 0].tolist()
+            for _, logp_S in run.distributions(targets=True):
+                logp += logp_S.tolist()
         ids = run.ids[run.prompt:]
         plain = text if isinstance(text, str) else self.lm.tokenizer.decode(ids)
         return Scored(np.asarray(logp, np.float64), np.asarray(ids, np.int64), len(plain.encode("utf-8", "surrogatepass")),
@@ -206,14 +232,14 @@ class RALM:
         return answer_with_lm(self, question, k, _names(exclude), max_tokens)
 
     def explain(self, text: str, *, prompt: str = "", window: int | None = None, stride: int | None = None,
-                exclude: Sequence[str] = (), query: str | None = None) -> Provenance:
-        """Per token: ln p of the model alone, ln p of the system, and the evidence in force; per document: the nats it moved.
+                exclude: Sequence[str] = (), query: str | None = None, neighbours: int = 8) -> Provenance:
+        """Per token: ln p of the model alone, ln p of the system, and what moved it: the passages in force, and for fusions at the
+        output the `neighbours` of largest weight; per document: what it contributed (provenance.py).
 
         The model alone sees the same windows of text as the system, so that evidence is the only difference."""
-        system = self.score(text, prompt=prompt, window=window, stride=stride, exclude=exclude, query=query)
-        room = system.convention["window"] - system.convention["evidence_tokens"]
-        alone = replace(self, how="none").score(text, prompt=prompt, window=room, stride=system.convention["stride"])
-        return Provenance.of(self, system, alone)
+        from ralm.provenance import Provenance
+
+        return Provenance.of(self, text, prompt=prompt, window=window, stride=stride, exclude=exclude, query=query, most=neighbours)
 
     def search(self, query: str, k: int, exclude: Sequence[str] = ()) -> tuple[Hits, float]:
         """One query through the retriever with this RALM's filter: hits without padding, and seconds."""
@@ -250,13 +276,17 @@ class _Run:
     context: int | None = None  # the window being stepped through
     due: list[int] = field(default_factory=list)  # positions at which the segments now computed may retrieve
     force: list[int] = field(default_factory=list)  # per token: position of the evidence in force, -1 where none
+    range: range = range(0)  # tokens whose distributions are computed now
+    searched: int = 0  # tokens whose neighbours were looked for
+    searching: float = 0.0  # seconds of that
+    near: list[tuple[int, Neighbours, int]] | None = None  # (token, neighbours, row of them), where they are to be kept
 
     def __post_init__(self):
         how, lm = self.ralm.how, self.ralm.lm
         limit = lm.window if self.window is None else self.window
         if not 2 <= limit <= lm.window:
             raise UsageError(f"window {limit} does not fit '{lm.name}', which sees 2 to {lm.window} tokens")
-        self.retrieves = self._can_retrieve()
+        self.retrieves, self.finds = self._can_retrieve(), self._has_tokens()
         self.asked = bool(self.prompt or self.question)  # then retrieval is due where the prompt ends
         self.reserve = how.reserve(lm) if self.retrieves else 0
         self.size = limit - self.reserve  # room for the text itself
@@ -268,21 +298,30 @@ class _Run:
             raise UsageError(f"stride {self.stride} must lie between 1 and the {self.size} tokens the window leaves for the text")
 
     def _can_retrieve(self) -> bool:
-        """Whether there is anything to find: where there is not, evidence must not take the text's room either (law 4)."""
-        r = self.ralm
-        if r.how.how == "none" or getattr(r.how, "k", 1) == 0 or r.store is None or isinstance(r.when, Never):
+        """Whether there is a passage to find: where there is not, evidence must not take the text's room either (law 4)."""
+        r, passages = self.ralm, innermost(self.ralm.how)
+        if passages.how == "none" or getattr(passages, "k", 1) == 0 or r.retriever is None or isinstance(r.when, Never):
             return False
-        return bool(r.store.allow(where=r.where, exclude=self.exclude).any())
+        return bool(r.retriever.store.allow(where=r.where, exclude=self.exclude).any())
 
-    def distributions(self, stepwise: bool = False) -> Iterator[tuple[int, torch.Tensor]]:
+    def _has_tokens(self) -> bool:
+        """Whether there is a token to find."""
+        r = self.ralm
+        if r.how.what != "tokens" or r.tokens is None or isinstance(r.when, Never):
+            return False
+        return r.tokens.any(r.where, self.exclude)
+
+    def distributions(self, stepwise: bool = False, targets: bool = False) -> Iterator[tuple[int, torch.Tensor]]:
         """(position, logp_SV) for runs of tokens, in order: whole windows where the schedule is known in advance, token by
-        token on cached prefixes where it depends on the distribution (or where that is asked for)."""
+        token on cached prefixes where it depends on the distribution (or where that is asked for). targets: logp_S of the tokens
+        that stand there, by the fusion's cheaper way where it has one."""
         if self.ralm.when.adaptive or stepwise:
             from ralm.how.rows import PrefixCache
 
             run = replace(self, ralm=replace(self.ralm, lm=PrefixCache(self.ralm.lm)))  # shares the lists of this run
             for t in range(self.prompt, len(self.ids)):
-                yield t, run.step(t)[None]
+                logp_V = run.step(t)
+                yield t, logp_V[self.ids[t]][None] if targets else logp_V[None]
             return
         for context, start, stop in windows(len(self.ids), self.size, self.stride):
             start = max(start, self.prompt)
@@ -292,19 +331,20 @@ class _Run:
             if self.retrieves:
                 forced = start - context if self.asked and start == self.prompt else None
                 segments = plan(self.ralm.when, start - context, stop - context, forced)
-            yield from self._window(context, segments)
+            yield from self._window(context, segments, targets)
 
-    def _window(self, context: int, segments: Sequence[Segment]) -> Iterator[tuple[int, torch.Tensor]]:
+    def _window(self, context: int, segments: Sequence[Segment], targets: bool) -> Iterator[tuple[int, torch.Tensor]]:
         """One window; in pieces where its distributions (times the contexts they are mixed of) would be gigabytes, each piece
         going on from the cache of the piece before."""
         from ralm.how.rows import BATCH_LOGITS, PrefixCache
 
-        cut = pieces(segments, max(1, BATCH_LOGITS // (self.ralm.lm.vocab * max(1, getattr(self.ralm.how, "k", 1)))))
+        contexts = max(1, getattr(innermost(self.ralm.how), "k", 1))
+        cut = pieces(segments, max(1, BATCH_LOGITS // (self.ralm.lm.vocab * contexts)))
         run = self if len(cut) == 1 else replace(self, ralm=replace(self.ralm, lm=PrefixCache(self.ralm.lm)))  # shares its lists
         for piece in cut:
-            for s, logp_1SV in run._logprobs(context, context + piece[-1].stop, piece):
+            for s, logp in run._logprobs(context, context + piece[-1].stop, piece, targets):
                 self.force += [-1 if s.at is None else context + s.at] * (s.stop - s.start)
-                yield context + s.start, logp_1SV[0]
+                yield context + s.start, logp[0]
 
     def step(self, t: int) -> torch.Tensor:
         """ln p(. | x_<t, D), float32 [V]; called with t = prompt, prompt + 1, ..."""
@@ -328,13 +368,32 @@ class _Run:
         ((_, logp_1SV),) = self._logprobs(context, t + 1, [Segment(t - context, t + 1 - context, at)])
         return logp_1SV[0, -1]
 
-    def _logprobs(self, context: int, stop: int, segments: Sequence[Segment]):
+    def _logprobs(self, context: int, stop: int, segments: Sequence[Segment], targets: bool = False):
         import torch
 
+        how = self.ralm.how
         self.due = [context + s.at for s in segments if s.at is not None]
+        self.range = range(context + segments[0].start, context + segments[-1].stop)
+        read = how.logprobs
+        if targets:
+            from ralm.how.rows import of_targets
+
+            read = getattr(how, "targets", None) or partial(of_targets, how)
         ids_BT = torch.tensor([self.ids[context:stop]], dtype=torch.long)
-        return self.ralm.how.logprobs(self.ralm.lm, ids_BT, segments,
-                                      lambda queries, k, s: self._fetch(queries, k, context + s.at), self.ralm.store)
+        return read(self.ralm.lm, ids_BT, segments, _Fetch(self, context), self.ralm.store)
+
+    def _neighbours(self, q_ND: np.ndarray, k: int, at: Sequence[int]) -> Neighbours:
+        """The k tokens nearest to each state; `at`: the tokens these predict, which must be among those computed now."""
+        r = self.ralm
+        if wrong := [t for t in at if t not in self.range]:
+            raise RalmError(f"{type(r.how).__name__} asks for neighbours at token {wrong[0]}, tokens {self.range.start} to "
+                            f"{self.range.stop - 1} are computed; a fusion must fetch for the segments it is given")
+        began = time.perf_counter()
+        found = r.tokens.search(q_ND, k, where=r.where, exclude=self.exclude)
+        self.searched, self.searching = self.searched + len(at), self.searching + time.perf_counter() - began
+        if self.near is not None:
+            self.near += [(t, found, i) for i, t in enumerate(at)]
+        return found
 
     def _fetch(self, queries: Sequence[str] | None, k: int, at: int) -> Hits:
         """Search once per position (all that are due together in one search). The query ends before `at`, so nothing that is
@@ -351,7 +410,7 @@ class _Run:
             began = time.perf_counter()
             found = self.ralm._search(texts, k, self.exclude)
             seconds = (time.perf_counter() - began) / len(new)
-            prior = getattr(self.ralm.how, "log_prior", None)
+            prior = getattr(innermost(self.ralm.how), "log_prior", None)
             for a, query, hits in zip(new, texts, found):
                 self.fetched[a, k] = hits
                 weights = prior(hits.scores[0])[0].exp().numpy() if prior and hits.ids.size else None
@@ -367,33 +426,32 @@ class _Run:
         """What must be known to compare the number with another."""
         r = self.ralm
         read = sorted({int(i) for e in self.evidence for i in e.ids})
-        cut = r.how.cut(r.lm, r.store, read) if read and hasattr(r.how, "cut") else 0
+        passages = innermost(r.how)
+        cut = passages.cut(r.lm, r.store, read) if read and hasattr(passages, "cut") else 0
+        of_tokens = {"tokens": repr(r.tokens), "recall": r.tokens.recall} if r.how.what == "tokens" else {}
         return {"lm": r.lm.name, "tokenizer": f"{r.lm.name}, {r.lm.vocab} tokens", "window": self.size + self.reserve,
                 "stride": self.stride, "evidence_tokens": self.reserve, "passages_read": len(read), "passages_cut": cut,
                 "bos": "one per window", "unit": "per token", "how": repr(r.how), "when": repr(r.when),
-                "retriever": repr(r.retriever) if r.how.how != "none" else None, "where": r.where,
-                "excluded": list(self.exclude), "prompt_tokens": self.prompt}
+                "retriever": repr(r.retriever) if passages.how != "none" else None, "where": r.where,
+                "excluded": list(self.exclude), "prompt_tokens": self.prompt, **of_tokens}
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """What retrieval changed. `documents[id]` sums (ln p_system - ln p_lm) over tokens, shared among the documents in force."""
+class _Fetch:
+    """What a fusion asks for evidence: passages by calling it, neighbours of tokens by `tokens` (None where there are none)."""
 
-    tokens: list[str]
-    logp_lm: np.ndarray  # float64 [T]
-    logp: np.ndarray  # float64 [T]
-    at: np.ndarray  # int64 [T]: position of the retrieval in force (as Evidence.at), -1 where none
-    evidence: Sequence[Evidence]
-    documents: dict[str, float]
+    def __init__(self, run: _Run, context: int):
+        self.run, self.context = run, context
+        self.tokens = _FetchTokens(run, context) if run.finds else None
 
-    @staticmethod
-    def of(ralm: RALM, system: Scored, alone: Scored) -> Provenance:
-        """From two scores of the same text, the second without retrieval."""
-        moved: dict[str, float] = {}
-        for e in system.evidence:
-            gain = float((system.logp - alone.logp)[system.at == e.at].sum())
-            weights = e.weights if e.weights is not None else np.full(len(e.ids), 1 / max(1, len(e.ids)))
-            for chunk, w in zip(ralm.store.chunks(e.ids.tolist()) if len(e.ids) else (), weights):
-                moved[chunk.document] = moved.get(chunk.document, 0.0) + gain * float(w)
-        pieces = [ralm.lm.tokenizer.decode([t]) for t in system.tokens.tolist()]
-        return Provenance(pieces, alone.logp, system.logp, system.at, system.evidence, moved)
+    def __call__(self, queries: Sequence[str] | None, k: int, s: Segment) -> Hits:
+        return self.run._fetch(queries, k, self.context + s.at)
+
+
+class _FetchTokens:
+    """(states [N, D], k, positions [N]) -> Neighbours; `key` is the state to ask with, positions count from the window's begin."""
+
+    def __init__(self, run: _Run, context: int):
+        self.run, self.context, self.key = run, context, run.ralm.tokens.key
+
+    def __call__(self, q_ND: np.ndarray, k: int, at: Sequence[int]) -> Neighbours:
+        return self.run._neighbours(q_ND, k, [self.context + t for t in at])

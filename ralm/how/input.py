@@ -46,6 +46,17 @@ class Plain:
         for s in segments:
             yield s, logp_BSV[:, s.start - first:s.stop - first]
 
+    def targets(self, lm: LanguageModel, ids_BT: Tensor, segments: Sequence[Segment], fetch: Callable, store) -> Iterator[Span]:
+        """Yield (segment, logp_BS): ln p of the tokens that stand in ids_BT."""
+        import torch
+
+        from ralm.how.rows import target_rows
+
+        first, stop = segments[0].start, segments[-1].stop
+        read = target_rows(lm, [[lm.bos, *row[:stop - 1]] for row in ids_BT.tolist()], ids_BT[:, first:stop])
+        for s in segments:
+            yield s, torch.stack([logp_S[s.start - first:s.stop - first] for logp_S, _, _ in read])
+
 
 class Passages:
     """Token ids of passages as evidence: title, newline, text, newline; each cut to its share of the budget. Remembers them,

@@ -29,7 +29,15 @@ def logp_rows(lm: LanguageModel, rows: Sequence[Sequence[int]], starts: Sequence
     would follow the row. Rows are sorted by length so that little is padded."""
     if isinstance(lm, PrefixCache):
         return lm.logp_rows(rows, starts)
-    out: list[Tensor | None] = [None] * len(rows)
+    return [logp for logp, _ in state_rows(lm, rows, starts, None)]
+
+
+def state_rows(lm: LanguageModel, rows: Sequence[Sequence[int]], starts: Sequence[int],
+               key: str | None) -> list[tuple[Tensor, Tensor | None]]:
+    """`logp_rows`, and for each distribution the state `key` of the model that gave it: (logp [n, V], key [n, D])."""
+    if isinstance(lm, PrefixCache):
+        return lm.state_rows(rows, starts, key)
+    out: list[tuple[Tensor, Tensor | None] | None] = [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     at = 0
     while at < len(order):
@@ -41,10 +49,35 @@ def logp_rows(lm: LanguageModel, rows: Sequence[Sequence[int]], starts: Sequence
                 break
             size, wanted = size + 1, more
         batch = order[at:at + size]
-        for i, logp in zip(batch, _forward(lm, [rows[i] for i in batch], [starts[i] for i in batch])[0]):
-            out[i] = logp
+        for i, pair in zip(batch, _forward(lm, [rows[i] for i in batch], [starts[i] for i in batch], key)[0]):
+            out[i] = pair
         at += size
     return out  # type: ignore[return-value]
+
+
+def target_rows(lm: LanguageModel, rows: Sequence[Sequence[int]], targets_BS: Tensor, key: str | None = None,
+                best: bool = False) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
+    """Of each row ln p of the S tokens of its targets, each after the tokens before it: the row ends before the last of them.
+
+    (logp [S], ln of the largest probability [S] where `best`, key [S, D]). No normalised distribution is written down."""
+    if isinstance(lm, PrefixCache):
+        read = lm.state_rows(rows, [len(r) - targets_BS.shape[1] + 1 for r in rows], key)
+        return [(p.gather(1, t[:, None])[:, 0], p.max(-1).values if best else None, k) for (p, k), t in zip(read, targets_BS)]
+    out = []
+    for row, target_S in zip(rows, targets_BS):
+        with torch.no_grad():
+            given = lm.forward(torch.tensor([list(row)]), keep=len(target_S), **({} if key is None else {"key": key}))
+            logits_SV = given.logits[0].float()
+            norm_S = torch.logsumexp(logits_SV, -1)
+            logp_S = logits_SV.gather(1, target_S[:, None])[:, 0] - norm_S
+        out.append((logp_S, logits_SV.max(-1).values - norm_S if best else None, None if key is None else given.key[0]))
+    return out
+
+
+def of_targets(how, lm: LanguageModel, ids_BT: Tensor, segments, fetch, store) -> Iterator[tuple[Any, Tensor]]:
+    """(segment, logp_BS) read out of whole distributions: what `Fusion.targets` must equal, for fusions that have none."""
+    for s, logp_BSV in how.logprobs(lm, ids_BT, segments, fetch, store):
+        yield s, logp_BSV.gather(2, ids_BT[:, s.start:s.stop, None])[:, :, 0]
 
 
 def logp_jobs(lm: LanguageModel, jobs: Iterable[Job]) -> Iterator[list[Tensor]]:
@@ -88,30 +121,35 @@ def left_pad(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor |
     return ids_BL, mask_BL
 
 
-def _forward(lm: LanguageModel, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[list[Tensor], LMOut, Tensor | None]:
+def _forward(lm: LanguageModel, rows: Sequence[Sequence[int]], starts: Sequence[int],
+             key: str | None = None) -> tuple[list[tuple[Tensor, Tensor | None]], LMOut, Tensor | None]:
     ids_BL, mask_BL = left_pad(rows, lm.bos)
     wanted = [_wanted(r, s) for r, s in zip(rows, starts)]
     with torch.no_grad():
-        out = lm.forward(ids_BL, mask=mask_BL, keep=max(wanted))
+        out = lm.forward(ids_BL, mask=mask_BL, keep=max(wanted), **({} if key is None else {"key": key}))
         logp_BSV = torch.log_softmax(out.logits.float(), -1)
-    return [logp_BSV[b, logp_BSV.shape[1] - n:] for b, n in enumerate(wanted)], out, mask_BL
+    read = [(logp_BSV[b, logp_BSV.shape[1] - n:], None if key is None else out.key[b, out.key.shape[1] - n:])
+            for b, n in enumerate(wanted)]
+    return read, out, mask_BL
 
 
 @dataclass
 class _Seen:
-    """Rows that were run together: what the model remembers of them and their last distributions (per row [n, V])."""
+    """Rows that were run together: what the model remembers of them, their last distributions (per row [n, V]) and, where a key
+    was asked for, the states these were made from."""
 
     rows: list[list[int]]
     past: Any
     mask: Tensor | None
-    tail: list[Tensor]
+    tail: list[tuple[Tensor, Tensor | None]]
+    key: str | None = None
 
     def growth(self, rows: list[list[int]], starts: Sequence[int]) -> int | None:
         """By how many tokens every row extends these; None where one does not, or where forgotten distributions are wanted."""
         grown = {len(new) - len(old) for new, old in zip(rows, self.rows)}
         if len(rows) != len(self.rows) or len(grown) != 1 or min(grown) < 0:
             return None
-        if any(len(old) - len(t) + 1 > s for old, t, s in zip(self.rows, self.tail, starts)):
+        if any(len(old) - len(t) + 1 > s for old, (t, _), s in zip(self.rows, self.tail, starts)):
             return None
         return grown.pop() if all(new[:len(old)] == old for new, old in zip(rows, self.rows)) else None
 
@@ -136,19 +174,24 @@ class PrefixCache:
 
     def logp_rows(self, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
         """As `logp_rows`; remembered prefixes are reused where every row grew by the same number of tokens."""
+        return [logp for logp, _ in self.state_rows(rows, starts, None)]
+
+    def state_rows(self, rows: Sequence[Sequence[int]], starts: Sequence[int],
+                   key: str | None) -> list[tuple[Tensor, Tensor | None]]:
+        """As `state_rows`, reusing what is remembered."""
         rows = [list(r) for r in rows]
-        found = ((s, n) for s in self.seen if (n := s.growth(rows, starts)) is not None)
+        found = ((s, n) for s in self.seen if key in (None, s.key) and (n := s.growth(rows, starts)) is not None)
         seen, grown = min(found, key=lambda pair: pair[1], default=(None, 0))
         if seen is None:
-            tail, out, mask = _forward(self.lm, rows, starts)
-            seen = _Seen(rows, out.past, mask, tail)
+            tail, out, mask = _forward(self.lm, rows, starts, key)
+            seen = _Seen(rows, out.past, mask, tail, key)
             self.prefills += 1
         else:
             self.seen.remove(seen)
             if grown:
                 self._extend(seen, rows, grown, max(map(_wanted, rows, starts)))
                 self.steps += 1
-        seen.tail = [t[t.shape[0] - _wanted(r, s):] for t, r, s in zip(seen.tail, rows, starts)]
+        seen.tail = [tuple(x if x is None else x[len(x) - _wanted(r, s):] for x in t) for t, r, s in zip(seen.tail, rows, starts)]
         self._remember(seen)
         return seen.tail
 
@@ -157,10 +200,13 @@ class PrefixCache:
         if seen.mask is not None:
             seen.mask = torch.cat([seen.mask, torch.ones(len(rows), grown, dtype=torch.long)], 1)
         with torch.no_grad():
-            out = self.lm.forward(new_BT, past=seen.past, mask=seen.mask, keep=min(grown, wanted))
+            out = self.lm.forward(new_BT, past=seen.past, mask=seen.mask, keep=min(grown, wanted),
+                                  **({} if seen.key is None else {"key": seen.key}))
             logp_BSV = torch.log_softmax(out.logits.float(), -1)
         seen.rows, seen.past = rows, out.past
-        seen.tail = [logp_BSV[b] if wanted <= grown else torch.cat([t, logp_BSV[b]]) for b, t in enumerate(seen.tail)]
+        new = [(logp_BSV[b], None if seen.key is None else out.key[b]) for b in range(len(rows))]
+        seen.tail = new if wanted <= grown else [
+            tuple(None if a is None else torch.cat([a, b]) for a, b in zip(old, more)) for old, more in zip(seen.tail, new)]
 
     def _remember(self, seen: _Seen) -> None:
         self.seen.insert(0, seen)

@@ -12,10 +12,10 @@ from typing import Any
 from ralm.errors import CapabilityError, unknown
 
 KEYS = ("ffn_in", "hidden")
-BLOCKS = "model.layers"
 # where the blocks of an architecture of transformers are, and the module in a block whose input is the key
-FEED_FORWARD = {"gpt2": ("transformer.h", "mlp"), "gpt_neox": ("gpt_neox.layers", "mlp"), "opt": ("model.decoder.layers", "fc1")} | {
-    kind: (BLOCKS, "mlp") for kind in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "phi3")}
+LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "phi3")
+FEED_FORWARD = dict.fromkeys(LLAMAS, ("model.layers", "mlp")) | {
+    "gpt2": ("transformer.h", "mlp"), "gpt_neox": ("gpt_neox.layers", "mlp"), "opt": ("model.decoder.layers", "fc1")}
 
 
 def check_key(key: str) -> str:

@@ -1,0 +1,233 @@
+"""Nearest keys: exact search in blocks, and the one way in which every distance is computed.
+
+A distance is the squared Euclidean one (or minus the inner product), between the query (float32) and the stored key, summed in
+float32 by one compiled loop. It does not depend on what else is stored, in which blocks or by
+which index a key was found: a store that lost a document gives the same bits as one that never held it. Matrix products in
+float32 only choose candidates, more than are wanted, and where rounding could have hidden a nearer key the search is widened.
+
+Shapes: Q queries, D dimensions, N rows, K neighbours, C candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from ralm.errors import unknown
+from ralm.index.compiled import compiled, summing
+
+BLOCK = 16_384  # rows of one matrix product
+QUERIES = 512  # queries of one matrix product
+CACHE = 1 << 30  # bytes of widened copies kept
+METRICS = ("l2", "ip")
+NONE = np.zeros(0, bool)
+
+
+@compiled
+def _offer(s_QB, first, allowed, best_QK, row_QK, held):
+    """Keep the K largest scores of every query in a heap whose root is the smallest. allowed: bool [B], or empty for all.
+
+    Rows come in ascending order and an equal score does not displace one that is held, so of equal ones the first stay."""
+    K = best_QK.shape[1]
+    check = len(allowed) > 0
+    for q in range(s_QB.shape[0]):
+        best, row, n = best_QK[q], row_QK[q], held[q]
+        root = best[0] if n == K else -np.inf
+        for j in range(s_QB.shape[1]):
+            s = s_QB[q, j]
+            if s <= root and n == K:
+                continue
+            if check and not allowed[j]:
+                continue
+            if n < K:
+                i = n
+                n += 1
+                while i > 0 and best[(i - 1) >> 1] > s:  # the new one rises
+                    best[i], row[i] = best[(i - 1) >> 1], row[(i - 1) >> 1]
+                    i = (i - 1) >> 1
+            else:
+                i = 0
+                while True:  # the new one takes the root's place and sinks
+                    child = 2 * i + 1
+                    if child >= K:
+                        break
+                    if child + 1 < K and best[child + 1] < best[child]:
+                        child += 1
+                    if best[child] >= s:
+                        break
+                    best[i], row[i] = best[child], row[child]
+                    i = child
+            best[i], row[i] = s, first + j
+            root = best[0] if n == K else -np.inf
+        held[q] = n
+
+
+@summing
+def _distances16(q_QD, bits_ND, first, row_QC, ip, out_QC):
+    """Distances to keys that are float16, given by their bits (uint16), for the rows [first, first + N) among those asked."""
+    D, stop = q_QD.shape[1], first + bits_ND.shape[0]
+    bits = np.empty(D, np.uint32)
+    values = bits.view(np.float32)
+    scale = np.float32(2.0 ** 112)  # moves the exponent from float16's bias to float32's; exact, subnormals too
+    for q in range(q_QD.shape[0]):
+        a = q_QD[q]
+        for c in range(row_QC.shape[1]):
+            row = row_QC[q, c]
+            if first <= row < stop:
+                key = bits_ND[row - first]
+                for d in range(D):
+                    h = np.uint32(key[d])
+                    bits[d] = ((h & np.uint32(0x7FFF)) << np.uint32(13)) | ((h & np.uint32(0x8000)) << np.uint32(16))
+                s = np.float32(0)
+                if ip:
+                    for d in range(D):
+                        s -= a[d] * (values[d] * scale)
+                else:
+                    for d in range(D):
+                        x = a[d] - values[d] * scale
+                        s += x * x
+                out_QC[q, c] = s
+
+
+@summing
+def _distances8(q_QD, keys_ND, step_D, first, row_QC, ip, out_QC):
+    """As _distances16, to keys that are int8 multiples of a step per dimension."""
+    D, stop = q_QD.shape[1], first + keys_ND.shape[0]
+    for q in range(q_QD.shape[0]):
+        a = q_QD[q]
+        for c in range(row_QC.shape[1]):
+            row = row_QC[q, c]
+            if first <= row < stop:
+                key = keys_ND[row - first]
+                s = np.float32(0)
+                if ip:
+                    for d in range(D):
+                        s -= a[d] * (np.float32(key[d]) * step_D[d])
+                else:
+                    for d in range(D):
+                        x = a[d] - np.float32(key[d]) * step_D[d]
+                        s += x * x
+                out_QC[q, c] = s
+
+
+class Keys:
+    """Stored keys, mapped from several parts: float16 [N, D], or int8 [N, D] in multiples of step_D.
+
+    norms: float32 [N], squared lengths of the stored (rounded) keys."""
+
+    def __init__(self, maps: Sequence[np.ndarray], norms: Sequence[np.ndarray], dim: int, step_D: np.ndarray | None = None,
+                 metric: str = "l2"):
+        if metric not in METRICS:
+            raise unknown("metric", metric, METRICS)
+        self.maps, self.norms, self.dim, self.step, self.metric = list(maps), list(norms), dim, step_D, metric
+        self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum([len(m) for m in self.maps], dtype=np.int64)])
+        self.longest = float(np.sqrt(max((float(n.max(initial=0)) for n in self.norms), default=0.0)))
+        self._float32: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def wide(self, keys: np.ndarray) -> np.ndarray:
+        """Stored keys as float32."""
+        keys = np.asarray(keys).astype(np.float32)
+        return keys if self.step is None else keys * self.step
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """float32 [n, D]: the keys of these rows, as they are stored."""
+        out = np.empty((len(rows), self.dim), np.float32)
+        for start, stored in zip(self.starts.tolist(), self.maps):
+            here = (rows >= start) & (rows < start + len(stored))
+            out[here] = self.wide(stored[rows[here] - start])
+        return out
+
+    def blocks(self, size: int = BLOCK, keep: bool = True) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(first row, float32 [n, D], squared lengths [n]); widened copies are kept while they take less than CACHE bytes."""
+        for start, stored, norms in zip(self.starts.tolist(), self.maps, self.norms):
+            for a in range(0, len(stored), size):
+                x = self._float32.get(start + a) if size == BLOCK else None
+                if x is None:
+                    x = self.wide(stored[a:a + size])
+                    if keep and size == BLOCK and 4 * self.dim * BLOCK * (len(self._float32) + 1) <= CACHE:
+                        self._float32[start + a] = x
+                yield start + a, x, norms[a:a + size]
+
+    def distances(self, q_QD: np.ndarray, row_QC: np.ndarray) -> np.ndarray:
+        """float32 [Q, C]: the distance of every query to each of its rows; inf for rows below 0."""
+        out = np.full(row_QC.shape, np.inf, np.float32)
+        q_QD, row_QC, ip = np.ascontiguousarray(q_QD, np.float32), np.ascontiguousarray(row_QC, np.int64), self.metric == "ip"
+        for start, stored in zip(self.starts.tolist(), self.maps):
+            if self.step is None:
+                _distances16(q_QD, stored.view(np.uint16), start, row_QC, ip, out)
+            else:
+                _distances8(q_QD, stored, self.step, start, row_QC, ip, out)
+        return out
+
+
+def ranked(keys: Keys, q_QD: np.ndarray, row_QC: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest of candidate rows (-1 for none, no row twice): (rows int64 [Q, k], distances float32 [Q, k]), nearest first,
+    ties by ascending row, padded with (-1, inf)."""
+    d_QC = keys.distances(q_QD, row_QC)
+    k = min(k, row_QC.shape[1])
+    if k < row_QC.shape[1]:  # everything as near as the k-th, ties included, then sorted
+        least = np.partition(d_QC, k - 1, 1)[:, k - 1:k]
+        wide = int((d_QC <= least).sum(1).max(initial=0))
+        some = np.argpartition(d_QC, wide - 1, 1)[:, :wide]
+        row_QC, d_QC = np.take_along_axis(row_QC, some, 1), np.take_along_axis(d_QC, some, 1)
+    row_QC = np.where(np.isinf(d_QC), np.int64(-1), row_QC)
+    order = np.lexsort((row_QC, d_QC))[:, :k]
+    return np.take_along_axis(row_QC, order, 1), np.take_along_axis(d_QC, order, 1)
+
+
+def padded(found: tuple[np.ndarray, np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same rows and distances [Q, k], widened with (-1, inf)."""
+    rows, d = found
+    if rows.shape[1] == k:
+        return rows, d
+    out = np.full((len(rows), k), -1, np.int64), np.full((len(rows), k), np.inf, np.float32)
+    out[0][:, :rows.shape[1]], out[1][:, :rows.shape[1]] = rows, d
+    return out
+
+
+def exact(keys: Keys, q_QD: np.ndarray, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest rows among the allowed (bool [N], None for all), as `ranked` gives them; never N distances in memory."""
+    q_QD = np.ascontiguousarray(q_QD, np.float32)
+    there = len(keys) if allowed is None else int(np.count_nonzero(allowed))
+    if not min(k, there, len(q_QD)):
+        return padded((np.zeros((len(q_QD), 0), np.int64), np.zeros((len(q_QD), 0), np.float32)), k)
+    take = min(there, k + max(16, k // 16))
+    parts = [_exact(keys, q_QD[a:a + QUERIES], min(k, there), take, there, allowed) for a in range(0, len(q_QD), QUERIES)]
+    return padded(tuple(np.concatenate(p) for p in zip(*parts)), k)
+
+
+def _exact(keys: Keys, q_QD: np.ndarray, k: int, take: int, there: int,
+           allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    row_QC, s_QC = candidates(keys, q_QD, take, allowed)
+    rows, d = ranked(keys, q_QD, row_QC, k)
+    if take >= there:
+        return rows, d
+    # a row that was not kept has at most the least kept score, which is off by at most this much
+    length = np.sqrt((q_QD.astype(np.float64) ** 2).sum(1))
+    l2 = keys.metric == "l2"
+    error = 1.1 * keys.dim * 2.0 ** -24 * ((2 if l2 else 1) * length * keys.longest + (keys.longest ** 2 + d[:, -1] if l2 else 0))
+    nearest_left = (length ** 2 if l2 else 0) - s_QC.min(1) - error
+    doubt = np.flatnonzero(d[:, -1] >= nearest_left)
+    if len(doubt):
+        rows[doubt], d[doubt] = _exact(keys, q_QD[doubt], k, min(2 * take, there), there, allowed)
+    return rows, d
+
+
+def candidates(keys: Keys, q_QD: np.ndarray, take: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Rows int64 [Q, take] of the largest float32 scores (2 q.x - |x|^2, or q.x), and those scores; in no order."""
+    l2 = keys.metric == "l2"
+    best = np.full((len(q_QD), take), -np.inf, np.float32)
+    rows, held = np.full((len(q_QD), take), -1, np.int64), np.zeros(len(q_QD), np.int64)
+    q_QD = 2 * q_QD if l2 else q_QD
+    for first, x, norms in keys.blocks():
+        here = NONE if allowed is None else allowed[first:first + len(x)]
+        if len(here) and not here.any():
+            continue
+        s_QB = q_QD @ x.T
+        if l2:
+            s_QB -= norms
+        _offer(s_QB, first, here, best, rows, held)
+    return rows, best

@@ -1,0 +1,124 @@
+"""Provenance: which rows of the datastore moved which token, for every architecture.
+
+Passages move the tokens while they are in force: what they moved (ln p of the system less ln p of the model alone) is shared among
+them by their weights. Neighbours (kNN-LM) move one token each: those whose value is the token supply lam x weight of its
+probability, the others take some away."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ralm.how.output import innermost
+from ralm.types import Evidence, Scored
+
+if TYPE_CHECKING:
+    from ralm.model import RALM
+
+LEFT = 12  # tokens shown before a neighbour's
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """A token of the datastore whose context was like this one's. Its document has it at [start, start + len(target))."""
+
+    document: str
+    start: int  # character of the stored document's text
+    left: str  # what stands before it there
+    target: str  # the token
+    distance: float
+    weight: float  # of all neighbours' softmax
+    matches: bool  # whether the token is the one that was scored
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What retrieval changed. documents[id]: by passages, the nats they moved; by neighbours, the share of the text's tokens (each
+    counts as one) whose probability they supplied."""
+
+    tokens: list[str]
+    logp_lm: np.ndarray  # float64 [T]
+    logp: np.ndarray  # float64 [T]
+    at: np.ndarray  # int64 [T]: position of the retrieval in force (as Evidence.at), -1 where none
+    evidence: Sequence[Evidence]
+    documents: dict[str, float]
+    p_knn: np.ndarray | None = None  # float64 [T]: the neighbours' probability of the token, nan where none were looked for
+    neighbours: list[list[Neighbour]] = field(default_factory=list)  # per token, the heaviest ones
+
+    @staticmethod
+    def of(ralm: RALM, text: str, most: int = 8, **settings: Any) -> Provenance:
+        """Score with the system and with the model alone, and say what the difference is made of."""
+        from ralm.model import _names
+
+        run = ralm._run(text, settings.get("prompt", ""), settings.get("window"), settings.get("stride"),
+                        _names(settings.get("exclude", ())), settings.get("query"))
+        run.near = []
+        system = ralm._score(run, text)
+        room = system.convention["window"] - system.convention["evidence_tokens"]
+        alone = replace(ralm, how="none", when="once").score(text, prompt=settings.get("prompt", ""), window=room,
+                                                            stride=system.convention["stride"])
+        pieces = [ralm.lm.tokenizer.decode([t]) for t in system.tokens.tolist()]
+        made = Provenance(pieces, alone.logp, system.logp, system.at, system.evidence, _moved(ralm, system, alone))
+        return made if ralm.how.what != "tokens" else _with_neighbours(made, ralm, run, system, most)
+
+
+def _moved(ralm: RALM, system: Scored, alone: Scored) -> dict[str, float]:
+    """Nats moved per document by passages."""
+    moved: dict[str, float] = {}
+    for e in system.evidence:
+        gain = float((system.logp - alone.logp)[system.at == e.at].sum())
+        weights = e.weights if e.weights is not None else np.full(len(e.ids), 1 / max(1, len(e.ids)))
+        for chunk, w in zip(ralm.store.chunks(e.ids.tolist()) if len(e.ids) else (), weights):
+            moved[chunk.document] = moved.get(chunk.document, 0.0) + gain * float(w)
+    return moved
+
+
+def _with_neighbours(made: Provenance, ralm: RALM, run: Any, system: Scored, most: int) -> Provenance:
+    """The same with each token's neighbours, and documents by the probability they supplied."""
+    how, T = ralm.how, len(system.tokens)
+    p_knn, shown = np.full(T, np.nan), [[] for _ in range(T)]
+    supplied: dict[str, float] = dict(made.documents) if innermost(how).how != "none" else {}
+    resolve = _Places(ralm)
+    for position, found, i in run.near or ():
+        t = position - run.prompt
+        keep = found.rows[i] >= 0
+        if not keep.any():
+            continue
+        one = type(found)(*(a[i:i + 1, keep] for a in (found.rows, found.distances, found.values)))
+        weights, lam = how.weights(one)[0].double().numpy(), float(how.lams(one)[0, 0])
+        right = one.values[0] == system.tokens[t]
+        p_knn[t] = weights[right].sum()
+        for name, w in resolve.documents(one.rows[0][right], weights[right]).items():
+            supplied[name] = supplied.get(name, 0.0) + lam * w / float(np.exp(system.logp[t]))
+        for j in np.lexsort((one.rows[0], -weights))[:most].tolist():
+            shown[t].append(resolve.neighbour(int(one.rows[0, j]), float(one.distances[0, j]), float(weights[j]), bool(right[j])))
+    return replace(made, p_knn=p_knn, neighbours=shown, documents=dict(sorted(supplied.items(), key=lambda pair: -pair[1])))
+
+
+class _Places:
+    """Rows of a token store as documents and characters; a document is read once."""
+
+    def __init__(self, ralm: RALM):
+        self.tokens, self.decode = ralm.tokens, ralm.lm.tokenizer.decode
+        self.seen: dict[tuple[str, int], tuple[np.ndarray, str]] = {}
+
+    def documents(self, rows: np.ndarray, weights: np.ndarray) -> dict[str, float]:
+        out: dict[str, float] = {}
+        for place, w in zip(self.tokens.places(rows), weights.tolist()):
+            out[place.document] = out.get(place.document, 0.0) + w
+        return out
+
+    def neighbour(self, row: int, distance: float, weight: float, matches: bool) -> Neighbour:
+        (place,) = self.tokens.places([row])
+        key = str(place.store.path), place.revision
+        if key not in self.seen:
+            (source,) = place.store.state([place.revision]).values()
+            self.seen[key] = self.tokens.tokens(place.store, place.revision), source.text
+        ids, text = self.seen[key]
+        before = len(self.decode(ids[:place.position].tolist()))
+        left = self.decode(ids[max(0, place.position - LEFT):place.position].tolist())
+        target = self.decode([int(ids[place.position])])
+        return Neighbour(place.document, min(before, len(text)), left, target, distance, weight, matches)
