@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ralm.errors import FingerprintError, StoreError
 from ralm.what import sums
 from ralm.what.sums import sha256
@@ -86,6 +88,16 @@ def new_part(folder: Path) -> Path:
     path = folder / f"{uuid.uuid4().hex[:12]}"
     path.mkdir(parents=True)
     return path
+
+
+def room(file: Path, kind: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """A new .npy array, mapped for writing. Its bytes are on the disk before the first of them is written: a disk that is full is an
+    OSError here, and would kill the process there."""
+    array = np.lib.format.open_memmap(file, mode="w+", dtype=kind, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with file.open("rb+") as f:
+            os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+    return array
 
 
 def seal(path: Path, first: int, stop: int, rows: int) -> Part:

@@ -10,7 +10,6 @@ statistics can be subtracted without reading all postings."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -142,13 +141,8 @@ def _union(segments: Sequence[Segment], df: Sequence[np.ndarray]) -> tuple[list[
 
 
 def _room(path: Path, name: str, kind: type, n: int) -> np.ndarray:
-    """A new array in a file of its own, mapped. The disk space is there before the first write: a disk that is full would
-    otherwise kill the process there. Raises OSError."""
-    file = path / f"{name}.npy"
-    array = np.lib.format.open_memmap(file, mode="w+", dtype=kind, shape=(n,))
-    with file.open("rb+") as f:
-        os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
-    return np.asarray(array)
+    """A new array in a file of its own, mapped. Raises OSError where the disk is full."""
+    return np.asarray(manifest.room(path / f"{name}.npy", kind, (n,)))
 
 
 def crowded(parts: Sequence[manifest.Part]) -> int:

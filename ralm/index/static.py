@@ -98,11 +98,15 @@ class Static:
 
     def save(self, folder: Path) -> None:
         """The three files, from which `Static(name, folder)` is the same encoder."""
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         arrays = {"embeddings": self._stored, "weights": self._model.weights, "mapping": self._model.token_mapping}
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items() if v is not None}, folder / "model.safetensors")
+        try:
+            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items() if v is not None}, folder / "model.safetensors")
+        except SafetensorError as e:  # a full disk
+            raise OSError(f"cannot write {folder / 'model.safetensors'}: {' '.join(str(e).split())[:120]}") from e
         self._model.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
         config = {"model_type": "model2vec", "normalize": False, "hidden_dim": self.dim, "ralm_name": self.name}
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -192,7 +192,7 @@ def _write(path: Path, data: Sequence[np.ndarray], revs: np.ndarray, sizes: np.n
                          "sorted together; cut such a document into several")
     starts = np.cumsum(sizes) - sizes
     np.save(path / "documents.npy", np.stack([revs - first, starts], 1).astype(np.uint32), allow_pickle=False)
-    out = np.lib.format.open_memmap(path / "tokens.npy", "w+", np.uint8, (total, width))
+    out = manifest.room(path / "tokens.npy", np.uint8, (total, width))
     np.concatenate(data, out=out)
     out.flush()
     return out
@@ -254,7 +254,7 @@ def _write_suffixes(path: Path, data: np.ndarray, width: int, vocab: int, docume
     """sa.npy and heads.npy: the bytes are sorted by libdivsufsort, and every width-th suffix is one of tokens. Separators are the
     largest token, so their suffixes come last and are left out."""
     found = need("pydivsufsort", "a suffix array", "suffix").divsufsort(np.ascontiguousarray(data))
-    sa = np.lib.format.open_memmap(path / "sa.npy", "w+", np.uint32, (len(data) // width - documents,))
+    sa = manifest.room(path / "sa.npy", np.uint32, (len(data) // width - documents,))
     kernels.keep_whole(found, width, np.asarray(sa))
     sa.flush()
     counts = np.zeros(vocab + 1, np.int64)

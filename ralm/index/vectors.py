@@ -242,7 +242,7 @@ def write(folder: Path, ids: Sequence[np.ndarray], vectors: Sequence[np.ndarray]
     path = manifest.new_part(folder)
     rows = sum(map(len, ids))
     np.save(path / "ids.npy", np.concatenate(ids), allow_pickle=False)
-    out = np.lib.format.open_memmap(path / "vectors.npy", "w+", np.float16, (rows, vectors[0].shape[1]))
+    out = manifest.room(path / "vectors.npy", np.float16, (rows, vectors[0].shape[1]))
     at = 0
     for v in vectors:
         out[at:at + len(v)] = v

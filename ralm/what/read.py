@@ -113,7 +113,18 @@ def _documents(files: list[File], notes: list[str], faults: Faults) -> Iterator[
             meter = Meter(file.size, advance)
             yield from _file(file, partial(_opened, file.path, meter), meter, faults)
             meter.end()
+            if _changed(file):
+                faults.remark(file.source, "changed while it was read: what came of it is kept; read it again once it is at rest")
     faults.end()
+
+
+def _changed(file: File) -> bool:
+    """Whether a file is no longer what it was when it was found; one that is gone was read to its end, or is skipped by name."""
+    try:
+        facts = os.stat(file.path)
+    except OSError:
+        return False
+    return (facts.st_size, facts.st_mtime_ns) != (file.size, file.changed)
 
 
 def _opened(path: str, meter: Meter) -> Metered:

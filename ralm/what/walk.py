@@ -40,6 +40,7 @@ class File:
     packing: str = ""  # "", ".gz" or ".zst"
     size: int = 0  # bytes on disk
     named: bool = False  # given by itself, not found in a folder
+    changed: int = 0  # when it last was, in ns
 
 
 def kind_of(name: str, named: bool = False) -> tuple[str, str] | None:
@@ -116,7 +117,8 @@ def _single(path: str, seen: set[str]) -> list[File]:
     if real in seen:
         return []
     seen.add(real)
-    return [File(path, printable(path), printable(name), *kind, os.path.getsize(path), named=True)]
+    facts = os.stat(path)
+    return [File(path, printable(path), printable(name), *kind, facts.st_size, named=True, changed=facts.st_mtime_ns)]
 
 
 def _folder(root: str, seen: set[str], bad: Callable[[str, str], None], notes: list[str]) -> list[File]:
@@ -133,12 +135,12 @@ def _folder(root: str, seen: set[str], bad: Callable[[str, str], None], notes: l
         if real in seen:
             continue
         try:
-            size = os.path.getsize(path)
+            facts = os.stat(path)
         except OSError as e:  # gone meanwhile
             bad(printable(path), f"cannot be read ({e.strerror or e})")
             continue
         seen.add(real)
-        files.append(File(path, printable(path), printable(relative), *kind, size))
+        files.append(File(path, printable(path), printable(relative), *kind, facts.st_size, changed=facts.st_mtime_ns))
     if unknown:
         listed = ", ".join(f"{n} {suffix}" for suffix, n in unknown.most_common(8))
         rest = unknown.total() - sum(n for _, n in unknown.most_common(8))
