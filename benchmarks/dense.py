@@ -1,6 +1,6 @@
 """Dense retrieval measured: `python benchmarks/dense.py encoders|kinds|squad [--rows N]`.
 
-encoders   passages/s of minilm and static on docstrings of the standard library (wall and cpu seconds)
+encoders   passages/s of minilm, minilm-int8 and static on docstrings of the standard library (wall and cpu seconds)
 kinds      queries/s and recall@10 of flat, hnsw, ivf, ivfpq through Dense, and of FAISS alone at the same setting, one process,
            one run: the ratio is what the library costs. Texts are docstrings and comments of every installed package.
 squad      success@1, @5, @20 of retrievers: questions of SQuAD v1.1 dev to their own paragraph among those of dev and train
@@ -55,7 +55,7 @@ def docstrings(n: int) -> list[str]:
 def encoders(rows: int) -> None:
     texts = docstrings(rows)
     print(f"{len(texts)} passages, {np.mean([len(t.split()) for t in texts]):.0f} words each")
-    for spec in ("static", "minilm"):
+    for spec in ("static", "minilm", "minilm-int8"):
         model, t = encoder(spec), {}
         model.encode(texts[:8])
         with clock(t):
@@ -129,16 +129,15 @@ def squad(data: Path) -> None:
         store = Datastore.build(Path(folder) / "kb", documents, split="none")
         gold = dict(zip(store.document_ids(store.chunk_ids().tolist()), store.chunk_ids().tolist()))
         right = np.array([gold[d] for _, d in asked])[:, None]
-        Dense(store, "static", name="static")
-        Dense(store, "minilm", name="minilm")
-        static, minilm = Dense(store, name="static"), Dense(store, name="minilm")
+        static, minilm, int8 = (Dense(store, name, name=name) for name in ("static", "minilm", "minilm-int8"))
         print(f"{len(asked)} questions, {store.n_chunks} paragraphs; seconds are wall, cpu for all questions in one batch")
         for name, found in {
-            "bm25": Hybrid(store, "bm25"), "dense static": static, "dense minilm": minilm,
+            "bm25": Hybrid(store, "bm25"), "dense static": static, "dense minilm": minilm, "dense minilm-int8": int8,
             "hybrid bm25 + static, rrf": Hybrid(store, ["bm25", static], fusion="rrf"),
             "hybrid bm25 + static, score": Hybrid(store, ["bm25", static], fusion="score"),
             "hybrid bm25 + minilm, rrf": Hybrid(store, ["bm25", minilm], fusion="rrf"),
             "hybrid bm25 + minilm, score": Hybrid(store, ["bm25", minilm], fusion="score"),
+            "hybrid bm25 + minilm-int8, score": Hybrid(store, ["bm25", int8], fusion="score"),
             "bm25, minilm re-ranks 20": Hybrid(store, "bm25", depth=20, rerank="minilm"),
             "bm25, minilm re-ranks 50": Hybrid(store, "bm25", depth=50, rerank="minilm"),
             "bm25, minilm re-ranks 20, blend 1": Hybrid(store, "bm25", depth=20, rerank="minilm", blend=1),
