@@ -6,6 +6,7 @@ their new tokens. Both give the same numbers, which is why a fusion need not kno
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,13 +57,13 @@ def state_rows(lm: LanguageModel, rows: Sequence[Sequence[int]], starts: Sequenc
 
 
 def target_rows(lm: LanguageModel, rows: Sequence[Sequence[int]], targets_BS: Tensor, key: str | None = None,
-                best: bool = False) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
+                told: bool = False) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
     """Of each row ln p of the S tokens of its targets, each after the tokens before it: the row ends before the last of them.
 
-    (logp [S], ln of the largest probability [S] where `best`, key [S, D]). No normalised distribution is written down."""
+    (logp [S], confidence [S, 2] where `told`, key [S, D]). No normalised distribution is written down unless it is."""
     if isinstance(lm, PrefixCache):
         read = lm.state_rows(rows, [len(r) - targets_BS.shape[1] + 1 for r in rows], key)
-        return [(p.gather(1, t[:, None])[:, 0], p.max(-1).values if best else None, k) for (p, k), t in zip(read, targets_BS)]
+        return [(p.gather(1, t[:, None])[:, 0], confidence(p) if told else None, k) for (p, k), t in zip(read, targets_BS)]
     out = []
     for row, target_S in zip(rows, targets_BS):
         with torch.no_grad():
@@ -70,8 +71,15 @@ def target_rows(lm: LanguageModel, rows: Sequence[Sequence[int]], targets_BS: Te
             logits_SV = given.logits[0].float()
             norm_S = torch.logsumexp(logits_SV, -1)
             logp_S = logits_SV.gather(1, target_S[:, None])[:, 0] - norm_S
-        out.append((logp_S, logits_SV.max(-1).values - norm_S if best else None, None if key is None else given.key[0]))
+        sure_S2 = confidence(logits_SV - norm_S[:, None]) if told else None
+        out.append((logp_S, sure_S2, None if key is None else given.key[0]))
     return out
+
+
+def confidence(logp_SV: Tensor) -> Tensor:
+    """float32 [S, 2]: ln of the largest probability, and the entropy in nats."""
+    p_SV = logp_SV.exp()
+    return torch.stack([logp_SV.max(-1).values, -(p_SV * logp_SV.clamp(min=-1e30)).sum(-1)], -1)
 
 
 def of_targets(how, lm: LanguageModel, ids_BT: Tensor, segments, fetch, store) -> Iterator[tuple[Any, Tensor]]:
@@ -167,6 +175,7 @@ class PrefixCache:
         self.bos, self.eos, self.gives = lm.bos, lm.eos, lm.gives
         self.seen: list[_Seen] = []  # latest first
         self.passages: dict[Any, dict[int, list[int]]] = {}  # tokens of passages, see how/input.py
+        self.pointers: OrderedDict[tuple[int, ...], Any] = OrderedDict()  # rows a text came from, see how/automaton.py
         self.prefills = self.steps = 0  # counted so that tests and benchmarks can see reuse happen
 
     def forward(self, *args, **kwargs) -> LMOut:
