@@ -60,7 +60,7 @@ def target_rows(lm: LanguageModel, rows: Sequence[Sequence[int]], targets_BS: Te
                 told: bool = False) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
     """Of each row ln p of the S tokens of its targets, each after the tokens before it: the row ends before the last of them.
 
-    (logp [S], confidence [S, 2] where `told`, key [S, D]). No normalised distribution is written down unless it is."""
+    (logp [S], confidence [S, 2] where `told`, key [S, D])."""
     if isinstance(lm, PrefixCache):
         read = lm.state_rows(rows, [len(r) - targets_BS.shape[1] + 1 for r in rows], key)
         return [(p.gather(1, t[:, None])[:, 0], confidence(p) if told else None, k) for (p, k), t in zip(read, targets_BS)]
@@ -68,11 +68,9 @@ def target_rows(lm: LanguageModel, rows: Sequence[Sequence[int]], targets_BS: Te
     for row, target_S in zip(rows, targets_BS):
         with torch.no_grad():
             given = lm.forward(torch.tensor([list(row)]), keep=len(target_S), **({} if key is None else {"key": key}))
-            logits_SV = given.logits[0].float()
-            norm_S = torch.logsumexp(logits_SV, -1)
-            logp_S = logits_SV.gather(1, target_S[:, None])[:, 0] - norm_S
-        sure_S2 = confidence(logits_SV - norm_S[:, None]) if told else None
-        out.append((logp_S, sure_S2, None if key is None else given.key[0]))
+            logp_SV = torch.log_softmax(given.logits[0].float(), -1)  # logsumexp costs as much, and gives other last bits
+            logp_S = logp_SV.gather(1, target_S[:, None])[:, 0]
+        out.append((logp_S, confidence(logp_SV) if told else None, None if key is None else given.key[0]))
     return out
 
 
