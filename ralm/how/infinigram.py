@@ -1,10 +1,13 @@
-"""HOW at the output, without a neural retriever: the model's distribution is mixed with an n-gram's of unbounded n (`InfiniGram`).
+"""HOW at the output, without a neural retriever: the model's distribution is mixed with n-grams of unbounded n (`InfiniGram`).
 
     n = the longest suffix of x_<t that occurs in the store with a successor
     p_inf(y) = count(suffix y) / count(suffix)                Infini-gram (Liu et al. 2024, section 2)
     p(y) = (1 - lam) p_LM(y) + lam p_inf(y)                   section 5; lam = `sparse` where p_inf gives one token all its mass
 
-The estimate is exact counting (`ralm.index.suffix`), so a removed document changes p at once to what it would have been without it,
+That is levels=0. The longest suffix is often seen once or twice and says little; so the suffixes of 1 .. `levels` tokens are mixed
+in before it, each over what came of the shorter ones (interpolated n-grams, Jelinek and Mercer 1980, with the model at the bottom).
+
+The estimates are exact counts (`ralm.index.suffix`), so a removed document changes p at once to what it would have been without it,
 and `Matches.occurrences` names the documents behind every count. Scoring needs the count of one token per position: `targets`
 enumerates nothing; `logprobs` adds the successors to the model's distribution in place (a law says that they agree)."""
 
@@ -29,14 +32,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InfiniGram:
-    """lam: weight of the estimate, 0 to 1; sparse: its weight where all occurrences have the same successor; least: occurrences the
-    suffix must have; most: tokens of it that are looked at (None: all).
+    """lam: weight of an estimate, 0 to 1; sparse: its weight where all occurrences have the same successor; levels: suffixes of
+    1 .. levels tokens are mixed in below the longest (0: the published form); least: occurrences the longest must have; most:
+    tokens of it that are looked at (None: all).
 
-    fetch.suffix(ids, start, stop, least, most) gives the `Matches` of the positions [start, stop) of a text's ids; it is None where
-    there is nothing to count, and then `inner` speaks alone (the model, or what stands before: `prepend+infgram`)."""
+    fetch.suffix(ids, start, stop, least=, most=, levels=) gives the `Matches` of the positions [start, stop) of a text's ids; it is
+    None where there is nothing to count, and then `inner` speaks alone (the model, or what stands before: `prepend+infgram`)."""
 
-    lam: float = 0.2
-    sparse: float = 0.5
+    lam: float = 0.05
+    sparse: float = 0.2
+    levels: int = 4
     least: int = 1
     most: int | None = None
     inner: Fusion = field(default_factory=Plain)
@@ -48,6 +53,7 @@ class InfiniGram:
             value = getattr(self, name)
             if not real(value) or not 0 <= value <= 1:
                 raise UsageError(f"{name}={value} is not a weight; use 0..1")
+        whole(0, levels=self.levels)
         whole(1, least=self.least)
         if self.most is not None:
             whole(0, most=self.most)
@@ -94,7 +100,8 @@ class InfiniGram:
         """The matches of a segment's positions for every row of the batch."""
         if self.idle or getattr(fetch, "suffix", None) is None:
             return None
-        return [fetch.suffix(row, s.start, s.stop, self.least, self.most) for row in ids_BT.tolist()]
+        options = {"least": self.least, "most": self.most, "levels": self.levels}
+        return [fetch.suffix(row, s.start, s.stop, **options) for row in ids_BT.tolist()]
 
     # ---- the arithmetic ---------------------------------------------------------------------------------------------
 
@@ -107,11 +114,12 @@ class InfiniGram:
         return torch.where(torch.from_numpy(found.count > 0), lam_S, 0.0)
 
     def mix(self, logp_SV: Tensor, found: Matches) -> Tensor:
-        """ln [(1 - lam) p_LM + lam p_inf] over the vocabulary, float32; only successors are touched beyond a constant.
-
-        Raises UsageError where the index holds tokens that the model does not have."""
+        """ln [(1 - lam) p_LM + lam p_inf] over the vocabulary, level by level, float32; only successors are touched beyond a
+        constant. Raises UsageError where the index holds tokens that the model does not have."""
         import torch
 
+        for shorter in found.shorter:
+            logp_SV = self.mix(logp_SV, shorter)
         lam_S, (pointers, tokens, counts) = self.lams(found), found.rows()
         if len(tokens) and tokens.max() >= logp_SV.shape[1]:
             raise UsageError(f"the index holds token {tokens.max()}, the model has {logp_SV.shape[1]} tokens; use an index made "
@@ -128,6 +136,8 @@ class InfiniGram:
         """As `mix`, of the text's own token at each position: [S]."""
         import torch
 
+        for shorter in found.shorter:
+            logp_S = self.mix_targets(logp_S, shorter)
         lam_S = self.lams(found)
         ratio = torch.from_numpy(found.target).double() / torch.from_numpy(found.count).clamp(min=1)
         out = torch.logaddexp(logp_S.float() + torch.log1p(-lam_S), torch.log(lam_S) + torch.log(ratio).float())

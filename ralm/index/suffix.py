@@ -127,6 +127,7 @@ class Matches:
     sparse: np.ndarray  # bool: all are followed by the same token
     _rows_PSF: np.ndarray  # int64 [P, S, FIELDS]: the same by part
     _masked: Sequence[Masked]
+    shorter: tuple[Matches, ...] = ()  # of 1, 2, ... tokens where the longest has more: elsewhere length -1 and nothing counted
 
     def __len__(self) -> int:
         return len(self.length)
@@ -227,20 +228,22 @@ class SuffixIndex:
         return total
 
     def match(self, ids: Sequence[int], start: int = 0, stop: int | None = None, *, least: int = 1, most: int | None = None,
-              where: str | None = None, exclude: Sequence[str] = ()) -> Matches:
+              levels: int = 0, where: str | None = None, exclude: Sequence[str] = ()) -> Matches:
         """For every position t in [start, stop) the longest suffix of ids[:t], of at most `most` tokens (None: any number), that
         occurs at least `least` times with a successor. stop: by default len(ids); len(ids) + 1 asks for what follows it all too.
 
-        The empty context occurs before every token. Raises UsageError for positions outside the text."""
+        levels: `shorter` holds the suffixes of 1 .. levels tokens too. The empty context occurs before every token. Raises
+        UsageError for positions outside the text."""
         whole(1, least=least)
         most = len(ids) if most is None else most
-        whole(0, most=most)
+        whole(0, most=most, levels=levels)
         stop = len(ids) if stop is None else stop
         if not 0 <= start <= stop <= len(ids) + 1:
             raise UsageError(f"positions {start} to {stop} of a text of {len(ids)} tokens; give 0 <= start <= stop <= "
                              f"{len(ids) + 1}")
         view = self._opened()
-        return search(view.masked(self.store, where, exclude), clean(ids, view.settings["vocab"]), start, stop, least, most)
+        masked = view.masked(self.store, where, exclude)
+        return search(masked, clean(ids, view.settings["vocab"]), start, stop, least, most, levels)
 
     def _opened(self) -> View:
         """The view of the version the store is at; another one after the store has changed."""
@@ -310,7 +313,7 @@ def clean(ids: Sequence[int], vocab: int) -> np.ndarray:
     return np.where((ids >= 0) & (ids < vocab), ids, -1)
 
 
-def search(masked: Sequence[Masked], ids: np.ndarray, start: int, stop: int, least: int, most: int) -> Matches:
+def search(masked: Sequence[Masked], ids: np.ndarray, start: int, stop: int, least: int, most: int, levels: int = 0) -> Matches:
     """See SuffixIndex.match; over pieces, for ids that are clean."""
     rows_PSF = np.zeros((len(masked), stop - start, FIELDS), np.int64)
     for m, out in zip(masked, rows_PSF):
@@ -319,13 +322,26 @@ def search(masked: Sequence[Masked], ids: np.ndarray, start: int, stop: int, lea
     if least > 1:
         length = _longest(masked, ids, start, length, least)
     if len(masked) > 1 or least > 1:
-        for m, out in zip(masked, rows_PSF):
-            kernels.locate(*m.all, ids, start, length, out)
+        rows_PSF = _located(masked, ids, start, length)
+    shorter = [np.where(length > n, n, -1) for n in range(1, levels + 1)]
+    return _matches(length, rows_PSF, masked, tuple(_matches(n, _located(masked, ids, start, n), masked) for n in shorter))
+
+
+def _located(masked: Sequence[Masked], ids: np.ndarray, start: int, lengths: np.ndarray) -> np.ndarray:
+    """int64 [P, S, FIELDS] for contexts of these lengths."""
+    rows_PSF = np.zeros((len(masked), len(lengths), FIELDS), np.int64)
+    for m, out in zip(masked, rows_PSF):
+        kernels.locate(*m.all, ids, start, lengths, out)
+    return rows_PSF
+
+
+def _matches(length: np.ndarray, rows_PSF: np.ndarray, masked: Sequence[Masked], shorter: tuple[Matches, ...] = ()) -> Matches:
+    """Sums over the parts. One in which a context does not occur has a count of 0 and adds nothing."""
     count, target = rows_PSF[:, :, COUNT].sum(0), rows_PSF[:, :, TARGET].sum(0)
     there = rows_PSF[:, :, COUNT] > 0
     first = np.where(there, rows_PSF[:, :, FIRST], np.iinfo(np.int64).max).min(0, initial=np.iinfo(np.int64).max)
     last = np.where(there, rows_PSF[:, :, LAST], -1).max(0, initial=-1)
-    return Matches(length, count, target, (count > 0) & (first == last), rows_PSF, masked)
+    return Matches(length, count, target, (count > 0) & (first == last), rows_PSF, masked, shorter)
 
 
 def _longest(masked: Sequence[Masked], ids: np.ndarray, start: int, bound: np.ndarray, least: int) -> np.ndarray:

@@ -25,9 +25,9 @@ class Fetch:
     def __init__(self, index, **filters):
         self.index, self.filters, self.asked = index, filters, []
 
-    def suffix(self, ids, start, stop, least, most):
+    def suffix(self, ids, start, stop, **options):
         self.asked += range(start, stop)
-        return self.index.match(ids, start, stop, least=least, most=most, **self.filters)
+        return self.index.match(ids, start, stop, **options, **self.filters)
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +44,29 @@ def read(how, lm, ids, fetch, segments=None, targets=False):
         return torch.cat([p[0] for _, p in call(lm, torch.tensor([ids], dtype=torch.long), segments, fetch, None)])
 
 
-@pytest.mark.parametrize("how", [InfiniGram(), InfiniGram(lam=0.7, sparse=0.1, least=2), InfiniGram(lam=0.0, sparse=0.9),
-                                 InfiniGram(lam=1.0, sparse=1.0, most=1), InfiniGram(lam=0.3, sparse=0.0, most=0)])
+PUBLISHED = InfiniGram(lam=0.2, sparse=0.5, levels=0)
+
+
+@pytest.mark.parametrize("how", [PUBLISHED, InfiniGram(), InfiniGram(lam=0.7, sparse=0.1, least=2, levels=2),
+                                 InfiniGram(lam=0.0, sparse=0.9, levels=1), InfiniGram(lam=1.0, sparse=1.0, most=1, levels=0),
+                                 InfiniGram(lam=0.3, sparse=0.0, most=0), InfiniGram(lam=0.3, levels=9, most=3)])
 def test_the_mixture_is_its_definition(index, lm, how):
     ids = lm.tokenizer.encode(TEXT)[:60]
     found = index.match(ids, least=how.least, most=how.most)
+    below = [index.match(ids, most=n) for n in range(1, how.levels + 1)]
     alone, mixed = read(Plain(), lm, ids, Fetch(index)), read(how, lm, ids, Fetch(index))
     assert mixed.dtype == torch.float32 and torch.isfinite(mixed.double().logsumexp(-1)).all()
     assert mixed.double().logsumexp(-1).abs().max() < 1e-5
     for t in range(len(ids)):
-        tokens, counts = found.followers(t)
-        p_inf = np.zeros(lm.vocab)
-        p_inf[tokens] = counts / counts.sum()
-        weight = how.sparse if len(tokens) == 1 else how.lam
-        expected = (1 - weight) * alone[t].double().exp().numpy() + weight * p_inf
+        expected, weights = alone[t].double().exp().numpy(), []
+        for estimate in [*(m for n, m in enumerate(below, 1) if n < found.length[t]), found]:
+            tokens, counts = estimate.followers(t)
+            p_inf = np.zeros(lm.vocab)
+            p_inf[tokens] = counts / counts.sum()
+            weights.append(how.sparse if len(tokens) == 1 else how.lam)
+            expected = (1 - weights[-1]) * expected + weights[-1] * p_inf
         np.testing.assert_allclose(mixed[t].double().exp().numpy(), expected, atol=1e-6)
-        if weight == 0:
+        if not any(weights):
             assert torch.equal(mixed[t], alone[t])  # bit for bit
     scored = read(how, lm, ids, Fetch(index), targets=True)
     gathered = mixed.gather(1, torch.tensor(ids)[:, None])[:, 0]
@@ -68,7 +75,7 @@ def test_the_mixture_is_its_definition(index, lm, how):
 
 
 def test_text_of_the_store_becomes_probable_and_other_text_stays_possible(index, lm):
-    how, ids = InfiniGram(), lm.tokenizer.encode(TEXT)[:60]
+    how, ids = PUBLISHED, lm.tokenizer.encode(TEXT)[:60]
     copied = lm.tokenizer.encode(next(d.text for d in index.store.documents() if d.text.startswith("The lighthouse")))[:60]
     alone, mixed = read(Plain(), lm, copied, Fetch(index), targets=True), read(how, lm, copied, Fetch(index), targets=True)
     assert (mixed[20:] > math.log(0.5) - 1e-6).all() and mixed.sum() > alone.sum() / 3
@@ -92,7 +99,7 @@ def test_later_tokens_change_no_earlier_distribution(index, lm):
     whole = read(InfiniGram(), lm, ids, Fetch(index))
     for t in (1, 7, 20, 39):
         other = ids[:t] + [(i + 3) % lm.vocab for i in ids[t:]]
-        assert torch.equal(read(InfiniGram(), lm, other, Fetch(index))[:t + 1], whole[:t + 1])
+        torch.testing.assert_close(read(InfiniGram(), lm, other, Fetch(index))[:t + 1], whole[:t + 1], atol=1e-5, rtol=0)
 
 
 def test_a_text_read_in_pieces_or_token_by_token_is_the_same(index, lm):
@@ -133,7 +140,8 @@ def test_an_index_of_a_larger_vocabulary_is_refused(index):
 
 @pytest.mark.parametrize("spec, message", [
     ("infgram:lam=1.5", "lam=1.5 is not a weight"), ("infgram:sparse=-0.1", "sparse=-0.1 is not a weight"),
-    ("infgram:least=0", "least=0 is no whole number"), ("infgram:most=2.5", "most=2.5 is no whole number"),
+    ("infgram:least=0", "least=0 is no whole number"), ("infgram:levels=-1", "levels=-1 is no whole number"),
+    ("infgram:most=2.5", "most=2.5 is no whole number"),
     ("infgram:lam=much", "lam=much is not a weight"), ("infgram:length=3", "unknown option of fusion 'infgram' 'length'")])
 def test_wrong_options_are_one_clear_line(spec, message):
     with pytest.raises(UsageError, match=message):

@@ -136,6 +136,20 @@ def test_a_store_is_counted_as_it_is_read(corpus, where, exclude):
         assert part.length.tolist() == whole.length[start:stop].tolist() and part.count.tolist() == whole.count[start:stop].tolist()
 
 
+def test_shorter_suffixes_are_counted_where_the_longest_is_longer(corpus):
+    index, ids = SuffixIndex(corpus, WORDS), WORDS.encode(TEXTS[5])[:12] + WORDS.encode(TEXTS[41])[3:20]
+    found = index.match(ids, stop=len(ids) + 1, levels=3, where="number < 30")
+    assert len(found.shorter) == 3 and index.match(ids).shorter == ()
+    for n, shorter in enumerate(found.shorter, 1):
+        capped = index.match(ids, stop=len(ids) + 1, most=n, where="number < 30")
+        longer = found.length > n
+        assert longer.any() and not longer.all()
+        for t in range(len(ids) + 1):
+            mine, true = ([*(a[t] for a in (x.length, x.count, x.target, x.sparse)), *map(list, x.followers(t))]
+                          for x in (shorter, capped))
+            assert mine == (true if longer[t] else [-1, 0, 0, False, [], []])
+
+
 def test_places_are_where_the_context_stands(corpus):
     index, ids = SuffixIndex(corpus, WORDS), WORDS.encode(TEXTS[1])[:6]
     found = index.match(ids, stop=len(ids) + 1)
