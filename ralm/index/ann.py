@@ -15,6 +15,7 @@ manifest's facts. Scores never come from codes: hits of every kind are scored wi
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,28 @@ def due(kind: str, facts: dict[str, Any] | None, rows: int, asked: str | None) -
     return rows - facts["rows"] > max(TAIL, SHARE * facts["rows"])
 
 
+class Allowed:
+    """A bitmap over rows (bool [R], not to be changed any more), with what searches ask of it worked out once."""
+
+    def __init__(self, mask: np.ndarray):
+        self.mask, self.count = mask, int(np.count_nonzero(mask))
+        self._selectors: dict[int, Any] = {}
+
+    @cached_property
+    def filter(self) -> np.ndarray | None:
+        """The bitmap; None where it allows everything."""
+        return None if self.count == len(self.mask) else self.mask
+
+    def selector(self, rows: int) -> tuple[Any, int]:
+        """FAISS's form of the first rows, and how many of them are allowed."""
+        if rows not in self._selectors:
+            import faiss
+
+            bits = np.packbits(self.mask[:rows], bitorder="little")
+            self._selectors[rows] = faiss.IDSelectorBitmap(bits), int(np.count_nonzero(self.mask[:rows]))
+        return self._selectors[rows]
+
+
 @dataclass
 class Ann:
     """An opened index. `search` gives candidate rows [Q, n], padded with -1, among the rows a bitmap allows."""
@@ -60,15 +83,14 @@ class Ann:
     rows: int
     effort: int
 
-    def search(self, q_QD: np.ndarray, k: int, allowed: np.ndarray | None, effort: int | None = None) -> np.ndarray:
-        """allowed: bool [rows] or None for all. The effort is raised as the filter gets narrower."""
+    def search(self, q_QD: np.ndarray, k: int, allowed: Allowed | None = None, effort: int | None = None) -> np.ndarray:
+        """The effort is raised as the filter gets narrower."""
         import faiss
 
         effort, options = effort or self.effort, {}
-        if allowed is not None:
-            bits = np.packbits(allowed[:self.rows], bitorder="little")
-            options["sel"] = faiss.IDSelectorBitmap(bits)
-            effort = min(int(effort * self.rows / max(1, int(allowed[:self.rows].sum()))) + 1, 16 * effort)
+        if allowed is not None and allowed.filter is not None:
+            options["sel"], n = allowed.selector(self.rows)
+            effort = min(-int(-effort * self.rows // max(1, n)), 16 * effort)
         if self.kind == "hnsw":
             width, parameters = k, faiss.SearchParametersHNSW(efSearch=max(effort, k), **options)
         else:

@@ -22,6 +22,7 @@ from ralm.index.vectors import Wish
 from ralm.types import Hits
 
 NARROW = 20_000  # allowed chunks up to which exact search is as fast as a filtered graph
+FILTERS = 4  # bitmaps over rows that are remembered
 KIND = vectors.KIND
 
 
@@ -119,7 +120,7 @@ class Leaf:
         self.now, self.rows = vectors.opened(store, wish)
         self.ids = self.rows.ids + offset
         self._first, self._stop = offset, offset + store.chunk_rows
-        self._guard = threading.Lock()
+        self._guard, self._filters = threading.Lock(), []
         flat = (wish.index or self.now.settings["index"]) == "flat"
         self.near = None if flat else ann.open_index(self.folder, self.now, self.rows)
         self._self_test()
@@ -145,8 +146,18 @@ class Leaf:
             if not ((np.abs(length - 1) < 0.01) | (length == 0)).all():
                 raise vectors.damaged(self.folder, f"stored vectors have lengths {length.tolist()}, not 1")
 
+    def filter(self, allowed: np.ndarray) -> ann.Allowed:
+        """The bitmap over chunk ids as one over rows; the last few are remembered (by the array itself, which is read-only)."""
+        for known, found in self._filters:
+            if known is allowed:
+                return found
+        found = ann.Allowed(self.mask(allowed))
+        if not allowed.flags.writeable:
+            self._filters = [(allowed, found), *self._filters[:FILTERS - 1]]
+        return found
+
     def mask(self, allowed: np.ndarray) -> np.ndarray:
-        """The bitmap over chunk ids as one over rows; rows younger than the opened version are out."""
+        """bool over rows; rows younger than the opened version are out."""
         out = np.zeros(len(self.ids), bool)
         n = int(np.searchsorted(self.ids, self._stop))
         if n and self.ids[n - 1] - self.ids[0] == n - 1:
@@ -156,24 +167,23 @@ class Leaf:
         return out
 
     def search(self, q_QD: np.ndarray, k: int, allowed: np.ndarray, effort: int | None) -> Hits:
-        mask = self.mask(allowed)
-        n, known = int(mask.sum()), np.flatnonzero((q_QD != 0).any(1))
+        allowed = self.filter(allowed)
+        n, known = allowed.count, np.flatnonzero((q_QD != 0).any(1))
         out = Hits.empty(len(q_QD), k)
         if not n or not len(known):
             return out
         width, q_QD = min(k, n), np.ascontiguousarray(q_QD[known], np.float32)
-        filter = None if n == len(mask) else mask
         if self.near is None or n <= max(NARROW, 2 * k):
-            rows, scores = exact.top(self.rows, q_QD, width, filter)
+            rows, scores = exact.top(self.rows, q_QD, width, allowed.filter)
         else:
-            rows, scores = self._near(q_QD, width, filter, effort)
+            rows, scores = self._near(q_QD, width, allowed, effort)
         out.ids[known, :width] = np.where(rows >= 0, self.ids[rows], -1)
         out.scores[known, :width] = scores
         return out
 
-    def _near(self, q_QD: np.ndarray, k: int, mask: np.ndarray | None, effort: int | None) -> tuple[np.ndarray, np.ndarray]:
+    def _near(self, q_QD: np.ndarray, k: int, allowed: ann.Allowed, effort: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Candidates of the FAISS index and of the tail it does not cover; exact for queries that get fewer than k."""
-        near = self.near.search(q_QD, k, mask, effort)
+        near, mask = self.near.search(q_QD, k, allowed, effort), allowed.filter
         tail = exact.top(self.rows, q_QD, k, mask, self.near.rows)[0] if self.near.rows < len(self.rows) else near[:, :0]
         rows, scores = exact.score(self.rows, q_QD, np.concatenate([near, tail], 1), k)
         short = np.flatnonzero((rows < 0).any(1))

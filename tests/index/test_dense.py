@@ -277,6 +277,19 @@ def test_approximate_kinds_reach_their_recall_and_score_exactly(copy, paragraphs
     assert "flat" in repr(Dense(copy, index="flat")) and kind in repr(Dense(copy))  # asked for flat: exact, nothing is made anew
 
 
+def test_a_filter_is_worked_out_once_and_another_one_anew(copy, monkeypatch):
+    monkeypatch.setattr(dense, "NARROW", 50)
+    found = Dense(copy, index="hnsw")
+    leaf, everything, few = found._opened().leaves[0], copy.allow(), copy.allow("number < 700")
+    assert leaf.filter(few) is leaf.filter(few) and leaf.filter(everything).filter is None and leaf.filter(few).count == 700
+    assert leaf.filter(few).selector(1500)[1] == 700 and leaf.filter(few).selector(100)[1] == leaf.mask(few)[:100].sum()
+    loose = few.copy()  # may be changed by its owner: never remembered
+    assert leaf.filter(loose) is not leaf.filter(loose)
+    before = found.search(QUERIES, 5, "number < 700")
+    copy.remove(copy.document_ids(before.ids[:, 0].tolist()))
+    assert not np.isin(found.search(QUERIES, 5, "number < 700").ids, before.ids[:, 0]).any()
+
+
 def test_an_approximate_index_grows_by_its_tail_and_forgets(copy, paragraphs, monkeypatch):
     monkeypatch.setattr(dense, "NARROW", 50)
     monkeypatch.setattr(ann, "TAIL", 150)
