@@ -32,6 +32,8 @@ FORMAT = 1
 NOTE = "ralm"  # the transaction property that says what a commit did
 FRAGMENTS = 64  # more files than this in a table are merged at the end of an add,
 MANY = 256  # more than this already during it
+FILE, ROWS = 1 << 30, 1 << 20  # a file as large as this, or of so many rows, is not merged any further
+READ = 16 << 20  # bytes merged at a time, about
 
 DOCUMENTS = pa.schema([("id", pa.string()), ("rev", pa.uint64()), ("title", pa.string()), ("source", pa.string()),
                        ("licence", pa.string()), ("date", pa.string()), ("sha256", pa.string()), ("metadata", pa.large_string()),
@@ -145,10 +147,26 @@ def _commit(dataset, transaction, note: Mapping[str, Any] | None):
     return lance.LanceDataset.commit(dataset, transaction)
 
 
+def small_files(dataset) -> int:
+    """How many files `merge_files` would take for small."""
+    target = _sizes(dataset)["target_rows_per_fragment"]
+    return sum(f.physical_rows < target for f in dataset.get_fragments())
+
+
+def _sizes(dataset) -> dict[str, int]:
+    """How many rows a file should have, and how many are merged at a time. By bytes, not by rows alone: a table of long texts would
+    otherwise be rewritten whole, time and again."""
+    fragments = dataset.get_fragments()
+    rows = sum(f.physical_rows for f in fragments)
+    size = max(1, sum(file.file_size_bytes or 0 for f in fragments for file in f.data_files()))
+    most = min(ROWS, 1 << max(0, (FILE * rows // size).bit_length() - 1))  # a power of two: it seldom changes
+    return {"target_rows_per_fragment": most, "batch_size": min(8192, max(16, READ * rows // size))}
+
+
 def merge_files(dataset) -> bool:
     """Rewrite small files and files with deleted rows into few; row order stays. Whether there was anything to do."""
     with writing(dataset):
-        done = dataset.optimize.compact_files(materialize_deletions=True, materialize_deletions_threshold=0.0)
+        done = dataset.optimize.compact_files(materialize_deletions=True, materialize_deletions_threshold=0.0, **_sizes(dataset))
     return done.fragments_removed > 0
 
 

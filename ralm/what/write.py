@@ -217,7 +217,7 @@ class Writer:
     def _tidy(self, most: int) -> None:
         """Few files after many batches, so that opening stays fast and commits stay small."""
         for dataset in (self.documents, self.texts, self.chunks):
-            if len(dataset.get_fragments()) > most:
+            if tables.small_files(dataset) > most:
                 tables.merge_files(dataset)
                 if dataset is not self.documents:
                     tables.forget(dataset, everything=False)

@@ -1,11 +1,13 @@
 """The store against a plain dict: random adds, updates, removals, compactions, every version remembered."""
 
+import random
 
 import numpy as np
 import pytest
 
 from ralm.errors import UsageError
 from ralm.types import Document
+from ralm.what import tables
 from ralm.what.datastore import Datastore
 
 
@@ -26,6 +28,26 @@ def test_example(tmp_path):
     store.remove(["a"])
     assert [d.id for d in store.documents()] == ["b"]
     assert [d.id for d in Datastore.open(tmp_path / "kb.ralm", version=held).documents()] == ["a"]
+
+
+def test_large_files_are_not_rewritten(tmp_path, monkeypatch):
+    """A table of long texts, whose files never have many rows: merged once, a file stays as it is."""
+    monkeypatch.setattr(tables, "FRAGMENTS", 3)
+    monkeypatch.setattr(tables, "FILE", 20_000)
+    rng, store = random.Random(0), Datastore.create(tmp_path / "kb.ralm")
+
+    def files():
+        return [f.data_files()[0].path for f in tables.table(store.path, "texts").get_fragments()]
+
+    for i in range(40):
+        store.add([Document(f"{i}/{j}", "".join(rng.choices("abcdefghij klmnop", k=2000))) for j in range(4)])
+        if i == 15:
+            before = files()
+    kept = [name for name in before if name in files()]
+    assert len(kept) >= len(before) - 5 and len(kept) > 2 and len(files()) < 30
+    assert [d.id for d in store.documents()] == [f"{i}/{j}" for i in range(40) for j in range(4)]
+    sizes = [f.data_files()[0].file_size_bytes for f in tables.table(store.path, "texts").get_fragments()]
+    assert sum(size > 9_000 for size in sizes) >= len(sizes) - 5
 
 
 def test_chunks_are_spans_of_their_documents(store):
