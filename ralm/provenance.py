@@ -6,13 +6,15 @@ probability, the others take some away."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ralm.how.output import innermost
+from ralm.lm.pieces import spans
 from ralm.types import Evidence, Scored
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ class Neighbour:
     document: str
     start: int  # character of the stored document's text
     left: str  # what stands before it there
-    target: str  # the token
+    target: str  # the token; of one that is a part of a character, the character
     distance: float
     weight: float  # of all neighbours' softmax
     matches: bool  # whether the token is the one that was scored
@@ -47,6 +49,7 @@ class Provenance:
     documents: dict[str, float]
     p_knn: np.ndarray | None = None  # float64 [T]: the neighbours' probability of the token, nan where none were looked for
     neighbours: list[list[Neighbour]] = field(default_factory=list)  # per token, the heaviest ones
+    convention: Mapping[str, Any] = field(default_factory=dict)  # of the system's scoring (as Scored.convention)
 
     @staticmethod
     def of(ralm: RALM, text: str, most: int = 8, **settings: Any) -> Provenance:
@@ -60,8 +63,9 @@ class Provenance:
         room = system.convention["window"] - system.convention["evidence_tokens"]
         alone = replace(ralm, how="none", when="once").score(text, prompt=settings.get("prompt", ""), window=room,
                                                             stride=system.convention["stride"])
-        pieces = [ralm.lm.tokenizer.decode([t]) for t in system.tokens.tolist()]
-        made = Provenance(pieces, alone.logp, system.logp, system.at, system.evidence, _moved(ralm, system, alone))
+        pieces = _pieces(ralm.lm.tokenizer, text, system.tokens.tolist())
+        made = Provenance(pieces, alone.logp, system.logp, system.at, system.evidence, _moved(ralm, system, alone),
+                          convention=system.convention)
         return made if ralm.how.what != "tokens" else _with_neighbours(made, ralm, run, system, most)
 
 
@@ -76,12 +80,19 @@ def _moved(ralm: RALM, system: Scored, alone: Scored) -> dict[str, float]:
     return moved
 
 
+def _pieces(tokenizer: Any, text: str, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text; a character of several tokens is the first one's."""
+    if not isinstance(text, str):
+        return [tokenizer.decode([t]) for t in ids]
+    _, _, ends = spans(tokenizer, text)
+    return [text[a:b] for a, b in pairwise([0, *ends.tolist()])]
+
+
 def _with_neighbours(made: Provenance, ralm: RALM, run: Any, system: Scored, most: int) -> Provenance:
     """The same with each token's neighbours, and documents by the probability they supplied."""
     how, T = ralm.how, len(system.tokens)
     p_knn, shown = np.full(T, np.nan), [[] for _ in range(T)]
-    supplied: dict[str, float] = dict(made.documents) if innermost(how).how != "none" else {}
-    resolve = _Places(ralm)
+    supplied: list[tuple[np.ndarray, np.ndarray]] = []  # rows, and how much of a token each supplied
     for position, found, i in run.near or ():
         t = position - run.prompt
         keep = found.rows[i] >= 0
@@ -91,34 +102,35 @@ def _with_neighbours(made: Provenance, ralm: RALM, run: Any, system: Scored, mos
         weights, lam = how.weights(one)[0].double().numpy(), float(how.lams(one)[0, 0])
         right = one.values[0] == system.tokens[t]
         p_knn[t] = weights[right].sum()
-        for name, w in resolve.documents(one.rows[0][right], weights[right]).items():
-            supplied[name] = supplied.get(name, 0.0) + lam * w / float(np.exp(system.logp[t]))
-        for j in np.lexsort((one.rows[0], -weights))[:most].tolist():
-            shown[t].append(resolve.neighbour(int(one.rows[0, j]), float(one.distances[0, j]), float(weights[j]), bool(right[j])))
-    return replace(made, p_knn=p_knn, neighbours=shown, documents=dict(sorted(supplied.items(), key=lambda pair: -pair[1])))
+        supplied.append((one.rows[0][right], lam * weights[right] / float(np.exp(system.logp[t]))))
+        order = np.lexsort((one.rows[0], -weights))[:most]
+        shown[t] = [(int(one.rows[0, j]), float(one.distances[0, j]), float(weights[j]), bool(right[j])) for j in order.tolist()]
+    resolve = _Places(ralm, [rows for rows, _ in supplied] + [np.array([s[0] for s in x], np.int64) for x in shown])
+    documents = dict(made.documents) if innermost(how).how != "none" else {}
+    for rows, shares in supplied:
+        for row, share in zip(rows.tolist(), shares.tolist()):
+            name = resolve.place[row].document
+            documents[name] = documents.get(name, 0.0) + share
+    return replace(made, p_knn=p_knn, neighbours=[[resolve.neighbour(*s) for s in x] for x in shown],
+                   documents=dict(sorted(documents.items(), key=lambda pair: -pair[1])))
 
 
 class _Places:
-    """Rows of a token store as documents and characters; a document is read once."""
+    """Rows of a token store as documents and characters: all rows are looked up at once, a document is cut into tokens once."""
 
-    def __init__(self, ralm: RALM):
-        self.tokens, self.decode = ralm.tokens, ralm.lm.tokenizer.decode
-        self.seen: dict[tuple[str, int], tuple[np.ndarray, str]] = {}
-
-    def documents(self, rows: np.ndarray, weights: np.ndarray) -> dict[str, float]:
-        out: dict[str, float] = {}
-        for place, w in zip(self.tokens.places(rows), weights.tolist()):
-            out[place.document] = out.get(place.document, 0.0) + w
-        return out
+    def __init__(self, ralm: RALM, rows: Sequence[np.ndarray]):
+        self.tokens, self.tokenizer = ralm.tokens, ralm.lm.tokenizer
+        each = np.unique(np.concatenate([np.zeros(0, np.int64), *rows]))
+        self.place = dict(zip(each.tolist(), self.tokens.places(each)))
+        self.seen: dict[tuple[str, int], tuple[str, np.ndarray, np.ndarray]] = {}  # text, where its tokens start and end
 
     def neighbour(self, row: int, distance: float, weight: float, matches: bool) -> Neighbour:
-        (place,) = self.tokens.places([row])
+        place = self.place[row]
         key = str(place.store.path), place.revision
         if key not in self.seen:
             (source,) = place.store.state([place.revision]).values()
-            self.seen[key] = self.tokens.tokens(place.store, place.revision), source.text
-        ids, text = self.seen[key]
-        before = len(self.decode(ids[:place.position].tolist()))
-        left = self.decode(ids[max(0, place.position - LEFT):place.position].tolist())
-        target = self.decode([int(ids[place.position])])
-        return Neighbour(place.document, min(before, len(text)), left, target, distance, weight, matches)
+            self.seen[key] = source.text, *spans(self.tokenizer, source.text)[1:]
+        text, starts, ends = self.seen[key]
+        start, end = int(starts[place.position]), int(ends[place.position])
+        return Neighbour(place.document, start, text[int(starts[max(0, place.position - LEFT)]):start], text[start:end], distance,
+                         weight, matches)

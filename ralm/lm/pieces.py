@@ -3,8 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
 
 from ralm.types import Token, Tokenizer
+
+REACH = 16  # tokens before one that may change how it is written
+
+
+def spans(tokenizer: Tokenizer, text: str) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """The tokens of a text and the characters [start, end) each stands at, int64 [N].
+
+    ends ascend to the text's length, so the text from one to the next is what a token adds. A token that is a part of a character
+    stands at the whole of it. One pass over the text, by the tokenizer's own offsets where it has them."""
+    ids, told = tokenizer.encode(text), _offsets(getattr(tokenizer, "inner", None), text)
+    if told is None or told[0] != ids:
+        return ids, *_measured(tokenizer, ids, len(text))
+    starts, ends = (np.asarray(told[1], np.int64).reshape(-1, 2)[:, i] for i in (0, 1))
+    ends = np.maximum.accumulate(ends) if len(ids) else ends
+    ends[-1:] = len(text)
+    return ids, np.minimum(starts, np.concatenate([[0], ends])[:-1]), ends  # some leave the space before a word out
+
+
+def _offsets(inner: Any, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
+    """(ids, offsets) of the tokenizers library, by itself or inside transformers; None of other kinds."""
+    if getattr(inner, "is_fast", False):
+        told = inner(text, add_special_tokens=False, split_special_tokens=True, verbose=False, return_offsets_mapping=True)
+        return told["input_ids"], told["offset_mapping"]
+    if hasattr(inner, "get_vocab_size"):
+        told = inner.encode(text, add_special_tokens=False)
+        return told.ids, told.offsets
+    return None
+
+
+def _measured(tokenizer: Tokenizer, ids: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where tokens stand by how much longer each makes what is written: of a tokenizer that does not tell.
+
+    Near a U+FFFD of the text itself it may be off by some."""
+    starts, ends, whole = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64), 0
+    for i in range(len(ids)):
+        a = max(0, i - REACH)
+        before, now = tokenizer.decode(ids[a:i]) if i else "", tokenizer.decode(ids[a:i + 1])
+        starts[i] = whole
+        whole += len(now.rstrip("�")) - len(before.rstrip("�"))
+        ends[i] = min(length, whole + now.endswith("�"))  # a character that was begun is this token's, whoever ends it
+    ends[-1:] = length
+    return np.minimum(starts, length), ends
 
 
 def first_stop(text: str, stops: Sequence[str], begin: int = 0) -> int:
