@@ -39,12 +39,14 @@ def build(spec: str, store, rebuild: bool = False) -> None:
     """Build what the spec's retriever needs, or extend it to all stored rows; with `rebuild` it is made anew.
 
     A rebuild is how settings change: what is there is removed first, under the store's lock."""
-    name = parse(spec or "auto").name
     if rebuild:
+        asked = parse(spec or "auto")
+        named = f"{_family(asked.name)}-{asked.options['name']}" if asked.options.get("name") else _family(asked.name)
         for part, _ in store.parts:
             with part.lock():
-                for artifact in built(part):
-                    if name in ("auto", "hybrid") or _family(artifact) == _family(name):
+                there = [p.name for p in _folder(part).glob("*") if p.is_dir()]  # those without a manifest too
+                for artifact in there:
+                    if artifact == named or (asked.name in ("auto", "hybrid") and _family(artifact) in ("bm25", "dense")):
                         shutil.rmtree(_folder(part) / artifact)
     retriever(spec, store)
 
@@ -75,8 +77,13 @@ def update(store) -> None:
 
 
 def compact(store) -> None:
-    """Rewrite every artifact without the rows that are gone from the store. To be called after store.compact(purge=...)."""
+    """Rewrite every artifact, token stores among them, without the rows that are gone from the store. To be called after
+    store.compact(purge=...)."""
+    from ralm.what import token_build
+
     for part, _ in store.parts:
+        for made in sorted((Path(part.path) / "tokens").glob("*/manifest.json")):
+            token_build.compact(part, made.parent.name)
         for artifact in built(part):
             if _kind(part, artifact) == "sparse":
                 from ralm.index import grow

@@ -184,6 +184,9 @@ def _extend(store, folder: Path, wish: Wish) -> manifest.Manifest:
 
 def _begin(store, folder: Path, wish: Wish) -> tuple[manifest.Manifest, Encoder]:
     """The first manifest: settings, and the encoder's table where it is a static one."""
+    if next(folder.glob("*/vectors.npy"), None):  # a manifest comes before the first vectors: it was there, and said by which encoder
+        raise StoreError(f"{folder} holds vectors and its manifest.json is missing: restore that from a copy, or build it again with the "
+                         f"encoder it had; {manifest.remedy(folder)}")
     model = encoder(wish.encoder or "minilm")
     settings = {"encoder": model.name, "fingerprint": model.fingerprint, "dim": model.dim,
                 "title": wish.title is not False, "index": wish.index or "auto"}

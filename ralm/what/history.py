@@ -29,7 +29,9 @@ def of(view) -> list[VersionInfo]:
     """The versions from the oldest that can be opened up to the view's."""
     sums.check_log(view.path, "documents")
     out = []
-    for entry in view.documents.versions():
+    with tables.guard(lambda e: tables.damaged(view.path / "documents.lance", e)):
+        versions = view.documents.versions()
+    for entry in versions:
         number = entry["version"]
         if not view.facts["floor"] <= number <= view.version:
             continue

@@ -238,8 +238,9 @@ def check(path: Path, table: str, version: int | None = None) -> None:
 
 
 def check_log(path: Path, table: str) -> None:
-    """The same for the transactions that the history is told from."""
-    for name, found in differing(path, {n: d for n, d in listed(path, f"{table}.lance/").items() if "/_transactions/" in n}):
+    """The same for the versions and transactions that the history is told from."""
+    log = {n: d for n, d in listed(path, f"{table}.lance/").items() if "/_transactions/" in n or "/_versions/" in n}
+    for name, found in differing(path, log):
         if found is not None:
             raise wrong(path, name, found)
 

@@ -13,6 +13,7 @@ from ralm.errors import need
 from ralm.what.formats import Page
 from ralm.what.stream import Reason, decode
 
+LARGEST = 3_000_000  # elements of a page that is read at all: a hundred bytes may unpack to as many
 BYTES, ELEMENTS, DEPTH = 4 << 20, 20_000, 200  # most that trafilatura is given: its time grows with their square
 BLOCKS = {"p", "div", "li", "tr", "br", "h1", "h2", "h3", "h4", "h5", "h6", "table", "section", "article", "ul", "ol", "dl", "dt",
           "dd", "pre", "blockquote", "hr", "header", "footer", "nav", "main", "aside", "figure", "figcaption", "body"}
@@ -75,6 +76,8 @@ class _Seen:
 
     def start(self, tag: str, attributes) -> None:
         self.elements += 1
+        if self.elements > LARGEST:
+            raise Reason(f"has more than {LARGEST:,} elements: cut it into several files")
         self.depth += 1
         if self.depth > self.deepest:
             self.deepest = self.depth

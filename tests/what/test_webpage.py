@@ -72,6 +72,13 @@ def test_hostile_markup_neither_hangs_nor_loses_text(data):
     assert time.perf_counter() - start < 30
 
 
+def test_there_is_an_end_to_elements(monkeypatch):
+    monkeypatch.setattr("ralm.what.webpage.LARGEST", 1000)
+    assert "deep text" in html(b"<p>deep text" * 900).text
+    with pytest.raises(Reason, match="more than 1,000 elements"):
+        html(b"<p>deep text" * 1100)
+
+
 def test_text_before_and_after_a_deep_part_is_kept():
     page = html(b"<p>before</p>" + b"<div>" * 3000 + b"inside" + b"</div>" * 3000 + b"<p>after</p>")
     assert page.text.split("\n") == ["before", "inside", "after"] and "3,002 levels" in page.remark
