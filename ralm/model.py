@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ralm.errors import CapabilityError, RalmError, UsageError
-from ralm.how.output import innermost
+from ralm.how.output import asking, innermost
 from ralm.types import Answer, Done, Event, Evidence, Fusion, Hits, Retrieved, Retriever, Schedule, Scored, Segment
 from ralm.when import EveryN, Never, Once, pieces, plan, schedule, window_of, windows
 
 if TYPE_CHECKING:
     import torch
 
+    from ralm.index.suffix import SuffixIndex
     from ralm.provenance import Provenance
     from ralm.what.token_store import Neighbours, TokenStore
 
@@ -43,6 +44,7 @@ class RALM:
     when: Schedule | str = "once"  # of passages; neighbours of tokens are looked for at every token
     where: str | None = None  # metadata filter on everything that is retrieved
     tokens: TokenStore | None = None  # what fusions at the output ask (kNN-LM)
+    suffix: SuffixIndex | None = None  # what infini-grams are counted in
 
     def __post_init__(self):
         if isinstance(self.lm, str):
@@ -58,8 +60,12 @@ class RALM:
         passages = innermost(self.how)
         if passages.how != "none" and self.retriever is None:
             raise UsageError(f"{type(passages).__name__} needs a retriever, none was given; pass one, or use how='none'")
-        if self.how.what == "tokens":
+        if asking(self.how, "tokens"):
             self._check_tokens(passages)
+        if asking(self.how, "suffix"):
+            from ralm.how.infinigram import check
+
+            check(self)
         if "text" in self.lm.gives and "logits" not in self.lm.gives:
             from ralm.how.cite import check_text_only
 
@@ -89,7 +95,7 @@ class RALM:
 
     @property
     def store(self):
-        return self.retriever.store if self.retriever is not None else self.tokens.store if self.tokens is not None else None
+        return next((part.store for part in (self.retriever, self.tokens, self.suffix) if part is not None), None)
 
     def _refuse(self, who: str, needs: frozenset[str]) -> None:
         missing = " and ".join(sorted(needs - self.lm.gives))
@@ -307,7 +313,7 @@ class _Run:
     def _has_tokens(self) -> bool:
         """Whether there is a token to find."""
         r = self.ralm
-        if r.how.what != "tokens" or r.tokens is None or isinstance(r.when, Never):
+        if not asking(r.how, "tokens") or r.tokens is None or isinstance(r.when, Never):
             return False
         return r.tokens.any(r.where, self.exclude)
 
@@ -428,7 +434,9 @@ class _Run:
         read = sorted({int(i) for e in self.evidence for i in e.ids})
         passages = innermost(r.how)
         cut = passages.cut(r.lm, r.store, read) if read and hasattr(passages, "cut") else 0
-        of_tokens = {"tokens": repr(r.tokens), "recall": r.tokens.recall} if r.how.what == "tokens" else {}
+        of_tokens = {"tokens": repr(r.tokens), "recall": r.tokens.recall} if asking(r.how, "tokens") else {}
+        if asking(r.how, "suffix"):
+            of_tokens["suffix"] = repr(r.suffix)
         return {"lm": r.lm.name, "tokenizer": f"{r.lm.name}, {r.lm.vocab} tokens", "window": self.size + self.reserve,
                 "stride": self.stride, "evidence_tokens": self.reserve, "passages_read": len(read), "passages_cut": cut,
                 "bos": "one per window", "unit": "per token", "how": repr(r.how), "when": repr(r.when),
@@ -437,11 +445,14 @@ class _Run:
 
 
 class _Fetch:
-    """What a fusion asks for evidence: passages by calling it, neighbours of tokens by `tokens` (None where there are none)."""
+    """What a fusion asks for evidence: passages by calling it, neighbours of tokens by `tokens` (None where there are none),
+    counts of what followed a context by `suffix`."""
 
     def __init__(self, run: _Run, context: int):
         self.run, self.context = run, context
         self.tokens = _FetchTokens(run, context) if run.finds else None
+        r, counts = run.ralm, asking(run.ralm.how, "suffix") and not isinstance(run.ralm.when, Never)
+        self.suffix = partial(r.suffix.match, where=r.where, exclude=run.exclude) if counts else None
 
     def __call__(self, queries: Sequence[str] | None, k: int, s: Segment) -> Hits:
         return self.run._fetch(queries, k, self.context + s.at)

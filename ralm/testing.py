@@ -86,7 +86,7 @@ def check_neutral(ralm: RALM, ids: Sequence[int]) -> None:
     everything = [d.id for d in ralm.store.documents()]
     same(ralm.score(ids, exclude=everything).logp, base.logp, "neutral (every document excluded)")
     same(replace(ralm, when="never").score(ids).logp, base.logp, "neutral (never due)")
-    if ralm.how.what == "tokens":
+    if ralm.how.how == "output":
         return
     blind = replace(ralm, retriever=Fixed(ralm.store, [])).score(ids)
     room = blind.convention["window"] - blind.convention["evidence_tokens"]  # evidence was expected: its room was kept free

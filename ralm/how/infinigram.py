@@ -45,8 +45,8 @@ class InfiniGram:
     least: int = 1
     most: int | None = None
     inner: Fusion = field(default_factory=Plain)
-    what: ClassVar[str] = "tokens"
     how: ClassVar[str] = "output"
+    asks: ClassVar[str] = "suffix"
 
     def __post_init__(self):
         for name in ("lam", "sparse"):
@@ -57,6 +57,11 @@ class InfiniGram:
         whole(1, least=self.least)
         if self.most is not None:
             whole(0, most=self.most)
+
+    @property
+    def what(self) -> str:
+        """What is retrieved: counts of token sequences, and states with tokens where a fusion below asks for those."""
+        return "tokens" if self.inner.what == "tokens" else "suffix"
 
     @property
     def needs(self) -> frozenset[str]:
@@ -142,3 +147,26 @@ class InfiniGram:
         ratio = torch.from_numpy(found.target).double() / torch.from_numpy(found.count).clamp(min=1)
         out = torch.logaddexp(logp_S.float() + torch.log1p(-lam_S), torch.log(lam_S) + torch.log(ratio).float())
         return torch.where(lam_S == 0, logp_S, out)
+
+
+def check(ralm) -> None:
+    """A RALM with a fusion that counts has a suffix index: over the datastore that everything else comes from, in the model's own
+    tokens. Raises UsageError where not; a schedule other than every token makes no sense without passages."""
+    from ralm.how.output import innermost
+    from ralm.index.suffix_parts import tokenizer_fingerprint
+    from ralm.when import EveryN, Never, Once
+
+    if ralm.suffix is None:
+        raise UsageError(f"{type(ralm.how).__name__} needs a suffix index, none was given; make one (SuffixIndex(store, "
+                         "lm.tokenizer)) and pass suffix=…")
+    for name, other in (("passages come", ralm.retriever), ("neighbours come", ralm.tokens)):
+        if other is not None and other.store.id != ralm.suffix.store.id:
+            raise UsageError(f"{name} from {other.store.path}, counts from {ralm.suffix.store.path}; use one datastore")
+    if "logits" in ralm.lm.gives and tokenizer_fingerprint(ralm.lm.tokenizer) != ralm.suffix.fingerprint:
+        raise UsageError(f"{ralm.suffix!r} was made with another tokenizer than that of '{ralm.lm.name}'; make one with its own")
+    if innermost(ralm.how).how == "none":
+        if isinstance(ralm.when, Once):
+            ralm.when = EveryN(1)
+        if not isinstance(ralm.when, Never) and ralm.when != EveryN(1):
+            raise UsageError(f"{ralm.when} is a schedule for passages; {type(ralm.how).__name__} counts at every token: leave it "
+                             "out")

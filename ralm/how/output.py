@@ -272,3 +272,10 @@ def innermost(how: Any) -> Any:
     while getattr(how, "inner", None) is not None:
         how = how.inner
     return how
+
+
+def asking(how: Any, what: str) -> Any:
+    """The uppermost fusion at the output that asks a store of `what` (tokens, suffix), None where none does."""
+    while how is not None and not (how.how == "output" and getattr(how, "asks", how.what) == what):
+        how = getattr(how, "inner", None)
+    return how

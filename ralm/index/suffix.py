@@ -218,6 +218,11 @@ class SuffixIndex:
         """Tokens held, those of removed documents among them."""
         return self._opened().tokens
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the tokenizer it is counted in (`tokenizer_fingerprint`)."""
+        return self._opened().settings["fingerprint"]
+
     def count(self, ids: Sequence[int], where: str | None = None, exclude: Sequence[str] = ()) -> int:
         """How often these tokens occur, one after the other, in the documents that match `where` and are not excluded."""
         view, total = self._opened(), 0
