@@ -57,7 +57,7 @@ def open_segment(folder: Path, part: manifest.Part) -> Segment:
         file = folder / part.name / f"{name}.npy"
         try:
             # "c": a private mapping. The file is opened for reading only, and numba sees the same type as for arrays in memory.
-            arrays[name] = np.asarray(np.load(file, mmap_mode="c", allow_pickle=False))
+            arrays[name] = np.asarray(np.lib.format.open_memmap(file, mode="c"))
         except ValueError as e:
             raise StoreError(f"{file} is not what was written ({e}); delete {folder} and build it again with ralm index") from e
     return Segment(**arrays)

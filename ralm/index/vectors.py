@@ -78,7 +78,7 @@ class Rows:
 def _map(folder: Path, part: manifest.Part, name: str) -> np.ndarray:
     file = folder / part.name / name
     try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
+        return np.lib.format.open_memmap(file, mode="r")  # not np.load: that takes zip files too
     except ValueError as e:
         raise damaged(folder, f"{part.name}/{name} is not what was written ({e})") from e
 
@@ -184,9 +184,9 @@ def _extend(store, folder: Path, wish: Wish) -> manifest.Manifest:
 
 def _begin(store, folder: Path, wish: Wish) -> tuple[manifest.Manifest, Encoder]:
     """The first manifest: settings, and the encoder's table where it is a static one."""
-    if next(folder.glob("*/vectors.npy"), None):  # a manifest comes before the first vectors: it was there, and said by which encoder
-        raise StoreError(f"{folder} holds vectors and its manifest.json is missing: restore that from a copy, or build it again with the "
-                         f"encoder it had; {manifest.remedy(folder)}")
+    if next(folder.glob("*/vectors.npy"), None):  # a manifest comes before the first vectors: it was there, and named the encoder
+        raise StoreError(f"{folder} holds vectors and its manifest.json is missing: restore that from a copy, or build it again "
+                         f"with the encoder it had; {manifest.remedy(folder)}")
     model = encoder(wish.encoder or "minilm")
     settings = {"encoder": model.name, "fingerprint": model.fingerprint, "dim": model.dim,
                 "title": wish.title is not False, "index": wish.index or "auto"}

@@ -3,12 +3,12 @@
     kb.ralm/sums.txt      one line a file of the three tables, "SHA256  PATH" (sha256sum -c reads it); the writer adds to it
 
 Lance's files never change once written, and carry no checksums of their own: a flipped bit would come back as another text, a
-removed document, or a crash. Every file that a version is read from is compared before Lance sees it. A file is read for that once: what it
-was found to be is remembered with its size, times and inode, in the process and, for a lot of bytes, in the user's cache folder, so
-opening again costs a stat a file. A copied or changed file has other times and is read again.
+removed document, or a crash. Every file that a version is read from is compared before Lance sees it. A file is read for that
+once: what it was found to be is remembered with its size, times and inode, in the process and, for a lot of bytes, in the
+user's cache folder, so opening again costs a stat a file. A copied or changed file has other times and is read again.
 
-A writer killed between a commit and its line leaves a file that is not listed: it is read unchecked, and the next write lists it. A
-store without sums.txt (an older one) is read unchecked too, and the next write lists everything."""
+A writer killed between a commit and its line leaves a file that is not listed: it is read unchecked, and the next write lists
+it. A store without sums.txt (an older one) is read unchecked too, and the next write lists everything."""
 
 from __future__ import annotations
 
@@ -167,8 +167,8 @@ def _parsed(path: Path, raw: bytes) -> dict[str, str]:
     for number, line in enumerate(lines, 1):
         digest, gap, name = line[:64], line[64:66], line[66:]
         if gap != "  " or not digest.isalnum() or ".lance/" not in name or ".." in name:
-            raise StoreError(f"{path / NAME} is damaged (line {number}): restore it from a copy, or where nothing else is wrong write "
-                             f"it anew: rm {path / NAME} && ralm compact {path}")
+            raise StoreError(f"{path / NAME} is damaged (line {number}): restore it from a copy, or where nothing else is wrong "
+                             f"write it anew: rm {path / NAME} && ralm compact {path}")
         out[name] = digest
     return out
 

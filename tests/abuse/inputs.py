@@ -1,7 +1,8 @@
 """Files that someone might hand to `read`: broken, hostile, or merely odd; the same for the same seed, on every machine.
 
-`make(folder, seed)` writes one file, or a small tree, and says what it is. The kinds are valid files of each format that are then cut,
-flipped, spliced and made to lie, bombs, and text in every encoding; `hypothesis_rows` draws more from hypothesis strategies."""
+`make(folder, seed)` writes one file, or a small tree, and says what it is. The kinds are valid files of each format that are
+then cut, flipped, spliced and made to lie, bombs, and text in every encoding; `hypothesis_rows` draws more from hypothesis
+strategies."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-WORDS = "the of and lighthouse granite Köln naïve 日本 \u202e \ufeff \u0000 \ud800 😀 <b> &amp; ]]> %s {} \\ \" ' \r \x85 \u2028 0 -1".split(" ")
+WORDS = ("the of and lighthouse granite Köln naïve 日本 \u202e \ufeff \u0000 \ud800 😀 "
+         "<b> &amp; ]]> %s {} \\ \" ' \r \x85 \u2028 0 -1").split(" ")
 ENCODINGS = ("utf-8 utf-8-sig utf-16 utf-16-le utf-16-be utf-32 utf-7 latin-1 cp1252 cp437 koi8-r shift_jis euc_jp gb18030 big5 "
              "iso2022_jp mac_roman cp037").split()
 TEXTS = "txt md rst py xml yaml html xhtml".split()
@@ -98,7 +100,8 @@ def pdf(r: random.Random) -> tuple[bytes, str]:
                b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica/Encoding/WinAnsiEncoding>>",
                f"<</Type/Page/Parent 2 0 R/MediaBox[{box}]/Resources<</Font<</F1 3 0 R>>>>/Contents 5 0 R>>".encode(),
                b"<</Length %d%s>>stream\n" % (len(content), more) + content + b"\nendstream",
-               b"<</Title(" + plain(r, 9).replace(b")", b"") + b")/ModDate(D:" + r.choice([b"20240131", b"99999999", b"x"]) + b")>>"]
+               b"<</Title(" + plain(r, 9).replace(b")", b"") + b")/ModDate(D:"
+               + r.choice([b"20240131", b"99999999", b"x"]) + b")>>"]
     out, places = bytearray(b"%PDF-1.4\n"), []
     for number, body in enumerate(objects, 1):
         places.append(len(out))
@@ -110,7 +113,8 @@ def pdf(r: random.Random) -> tuple[bytes, str]:
     return damaged(r, bytes(out)) if r.random() < 0.7 else bytes(out), "pdf"
 
 
-TAGS = "p div b i a table tr td ul li h1 span script style title head body html svg math template select frameset plaintext br".split()
+TAGS = ("p div b i a table tr td ul li h1 span script style title head body html svg math template select frameset "
+        "plaintext br").split()
 
 
 def html(r: random.Random) -> tuple[bytes, str]:
@@ -129,16 +133,19 @@ def html(r: random.Random) -> tuple[bytes, str]:
         out.append("<table>" * 800 + "<tr><td colspan=1000000000 rowspan=99999>x" * 800)
     for _ in range(r.randrange(80)):
         tag = r.choice(TAGS)
-        out.append(r.choice([f"<{tag}>", f"</{tag}>", f"<{tag} ", words(r, 12), f"<{tag} x='{words(r, 3)}'>", "<", ">", "<!DOCTYPE ["]))
+        out.append(r.choice([f"<{tag}>", f"</{tag}>", f"<{tag} ", words(r, 12),
+                             f"<{tag} x='{words(r, 3)}'>", "<", ">", "<!DOCTYPE ["]))
     data = "".join(out).encode("utf-8", "surrogatepass")
     return damaged(r, data) if r.random() < 0.3 else data, r.choice(["html", "htm", "xhtml"])
 
 
-TYPES = ('<?xml version="1.0"?><Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types"><Default Extension="rels" '
-         'ContentType="application/vnd.openxmlformats-package.relationships+xml"/><Override PartName="/word/document.xml" ContentType='
+TYPES = ('<?xml version="1.0"?><Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types"><Default '
+         'Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/>'
+         '<Override PartName="/word/document.xml" ContentType='
          '"application/vnd.openxmlformats-officedocument.wordprocessingml.document.main+xml"/></Types>')
-RELS = ('<?xml version="1.0"?><Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships"><Relationship Id="r1" '
-        'Type="http://schemas.openxmlformats.org/officeDocument/2006/relationships/officeDocument" Target="{}"/></Relationships>')
+RELS = ('<?xml version="1.0"?><Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships">'
+        '<Relationship Id="r1" Type='
+        '"http://schemas.openxmlformats.org/officeDocument/2006/relationships/officeDocument" Target="{}"/></Relationships>')
 BODY = '{}<w:document xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"><w:body>{}</w:body></w:document>'
 LAUGH = "<!DOCTYPE d [" + "<!ENTITY l0 'ha ha'>" + "".join(f"<!ENTITY l{i} '{f'&l{i - 1};' * 10}'>" for i in range(1, 10)) + "]>"
 
@@ -183,18 +190,22 @@ def value(r: random.Random, depth: int = 3):
         return r.choice([None, True, 0, -1.5, 1e308, 2**70, float("nan"), float("inf"), "", "\0"])
     if kind == 6:
         return [value(r, depth - 1) for _ in range(r.randrange(4))]
-    return {r.choice(["id", "text", "title", "metadata", "date", words(r, 2), "a.b", ""]): value(r, depth - 1) for _ in range(r.randrange(5))}
+    names = ["id", "text", "title", "metadata", "date", words(r, 2), "a.b", ""]
+    return {r.choice(names): value(r, depth - 1) for _ in range(r.randrange(5))}
 
 
 def row(r: random.Random) -> dict:
     out = {"id": r.choice([r.randrange(10**9), words(r, 3), None, 1.5, [1]]), "text": words(r, 40)}
-    return out | {r.choice(["title", "year", "Text", "meta", "x y", "_id", "license", "URL"]): value(r) for _ in range(r.randrange(4))}
+    names = ["title", "year", "Text", "meta", "x y", "_id", "license", "URL"]
+    return out | {r.choice(names): value(r) for _ in range(r.randrange(4))}
 
 
 def jsonl(r: random.Random) -> tuple[bytes, str]:
     lines = [json.dumps(row(r), ensure_ascii=r.random() < 0.5) for _ in range(r.randrange(1, 30))]
-    odd = ["[" * 100_000, '{"a":' * 30_000, "1" * 10_000, '{"text": "a", "text": "b"}', "\ufeff{}", '{"text": 1e999}', "null", "[]", '"text"',
-           '{"text": "' + "x" * r.choice([10, 3_000_000]) + '"}', '{"text": "\\ud800\\udc00 \\udfff"}', '{"text": "\x00"}', "{'text': 1}"]
+    odd = ["[" * 100_000, '{"a":' * 30_000, "1" * 10_000, '{"text": "a", "text": "b"}', "\ufeff{}", '{"text": 1e999}',
+           "null", "[]", '"text"',
+           '{"text": "' + "x" * r.choice([10, 3_000_000]) + '"}', '{"text": "\\ud800\\udc00 \\udfff"}',
+           '{"text": "\x00"}', "{'text': 1}"]
     for _ in range(r.randrange(4)):
         lines.insert(r.randrange(len(lines) + 1), r.choice(odd))
     data = r.choice(["\n", "\r\n", "\r", "\n\n\n"]).join(lines).encode("utf-8", "surrogatepass")
@@ -209,7 +220,8 @@ def table(r: random.Random) -> tuple[bytes, str]:
     w = csv.writer(out, delimiter="\t" if suffix == "tsv" else r.choice(",;\t|"), quoting=r.choice([0, 1]), escapechar="\\")
     w.writerow(names)
     for _ in range(r.randrange(40)):
-        w.writerow([words(r, 9).replace("\0", r.choice(["", "\0"])) or r.randrange(99) for _ in range(len(names) + r.choice([0, 0, 0, 0, 1, -1]))])
+        cells = len(names) + r.choice([0, 0, 0, 0, 1, -1])
+        w.writerow([words(r, 9).replace("\0", r.choice(["", "\0"])) or r.randrange(99) for _ in range(cells)])
     data = out.getvalue().encode("utf-8", "surrogatepass")
     data += r.choice([b"", b'"' * 3, b'1\t"open', b'a,"' + b"x,\n" * 5000, b"\n" * 1000])
     return damaged(r, data) if r.random() < 0.4 else data, suffix
@@ -217,11 +229,13 @@ def table(r: random.Random) -> tuple[bytes, str]:
 
 def parquet(r: random.Random) -> tuple[bytes, str]:
     n = r.randrange(1, 50)
-    columns = {"text": [r.choice([None, words(r, 20).replace("\ud800", "")]) for _ in range(n)], "id": list(range(n)), "n": [[1, 2], None] * (n // 2) + [[]] * (n % 2),
-               "s": [{"a": i} for i in range(n)], "b": [os.urandom(0) if i % 3 else bytes([i]) for i in range(n)]}
+    columns = {"text": [r.choice([None, words(r, 20).replace("\ud800", "")]) for _ in range(n)], "id": list(range(n)),
+               "n": [[1, 2], None] * (n // 2) + [[]] * (n % 2), "s": [{"a": i} for i in range(n)],
+               "b": [os.urandom(0) if i % 3 else bytes([i]) for i in range(n)]}
     kept = {k: columns[k] for k in r.sample(sorted(columns), r.randrange(1, 6))}
     out = io.BytesIO()
-    pq.write_table(pa.table(kept), out, compression=r.choice(["none", "snappy", "gzip", "zstd", "brotli"]), row_group_size=r.choice([1, 7, 100]))
+    pq.write_table(pa.table(kept), out, compression=r.choice(["none", "snappy", "gzip", "zstd", "brotli"]),
+                   row_group_size=r.choice([1, 7, 100]))
     data = out.getvalue()
     if r.random() < 0.3:  # the footer is where sizes are declared
         at = len(data) - 8 - r.randrange(1, max(2, min(200, len(data) - 12)))
@@ -232,7 +246,8 @@ def parquet(r: random.Random) -> tuple[bytes, str]:
 def text(r: random.Random) -> tuple[bytes, str]:
     said, encoding = " ".join(words(r) for _ in range(r.randrange(9))), r.choice(ENCODINGS)
     data = said.encode(encoding, "replace" if encoding[:3] != "utf" else "surrogatepass" if encoding != "utf-7" else "ignore")
-    data = r.choice([b"", b"", codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE]) + data
+    data = r.choice([b"", b"", codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE,
+                     codecs.BOM_UTF32_BE]) + data
     trick = r.randrange(9)
     if trick == 0:
         data = r.randbytes(r.randrange(3000))
@@ -250,14 +265,16 @@ def archive(r: random.Random) -> tuple[bytes, str]:
     with zipfile.ZipFile(out, "w", r.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])) as z:
         for i in range(r.randrange(1, 8)):
             data, suffix = r.choice([pdf, html, docx, jsonl, table, text])(r)
-            name = r.choice([f"{i}.{suffix}", f"../up{i}.txt", f"/abs{i}.txt", f"a/../../up{i}.txt", f"C:\\w{i}.txt", "..\\..\\win.txt",
-                             f"a/{i}.{suffix}", "same.txt", "con.txt", f"{'d/' * 200}{i}.txt", f"{i}\n.txt", "./x.txt", "~/x.txt"])
+            name = r.choice([f"{i}.{suffix}", f"../up{i}.txt", f"/abs{i}.txt", f"a/../../up{i}.txt", f"C:\\w{i}.txt",
+                             "..\\..\\win.txt", f"a/{i}.{suffix}", "same.txt", "con.txt",
+                             f"{'d/' * 200}{i}.txt", f"{i}\n.txt", "./x.txt", "~/x.txt"])
             info = zipfile.ZipInfo(name)
             if r.random() < 0.15:
                 info.external_attr, data = (stat.S_IFLNK | 0o777) << 16, b"/etc/passwd"
             z.writestr(info, data, compress_type=z.compression)
         if r.random() < 0.1:
-            z.writestr("bomb.txt", b"\0" * (100 << 20) if r.random() < 0.3 else b"x" * (40 << 20), compress_type=zipfile.ZIP_DEFLATED)
+            bomb = b"\0" * (100 << 20) if r.random() < 0.3 else b"x" * (40 << 20)
+            z.writestr("bomb.txt", bomb, compress_type=zipfile.ZIP_DEFLATED)
     raw = bytearray(out.getvalue())
     if r.random() < 0.3:  # sizes and flags in the directory that lie
         at = raw.rfind(b"PK\1\2")
@@ -324,7 +341,8 @@ def _socket(root: Path, r: random.Random) -> None:
 
 
 def _names(root: Path, r: random.Random) -> None:
-    for name in (b"new\nline.txt", b"caf\xe9.txt", b"-rf.txt", b"a\x1b[31mred.txt", b"%s{}.txt", b"'quote\".txt", b" .txt", b"..txt", b"x" * 250 + b".txt"):
+    for name in (b"new\nline.txt", b"caf\xe9.txt", b"-rf.txt", b"a\x1b[31mred.txt", b"%s{}.txt", b"'quote\".txt", b" .txt",
+                 b"..txt", b"x" * 250 + b".txt"):
         with open(os.path.join(os.fsencode(root), name), "wb") as f:
             f.write(b"text under an odd name")
 

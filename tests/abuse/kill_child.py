@@ -1,8 +1,10 @@
-"""Runs commands of `ralm` in forks of itself, to be killed: `python kill_child.py`, one line of JSON in, two lines out for each.
+"""Runs commands of `ralm` in forks of itself, to be killed: `python kill_child.py`, one line of JSON in, two lines out for
+each.
 
-In: {"argv": [...], "batch": documents a transaction, "said": a file}. Out: the process id when the command begins, its wait status when it
-has ended. The fork has everything imported, so what is killed is the command, not its imports. After every commit it writes to `said`
-how many documents it has committed so far; segments of indexes are made small, so that there are several commits to one."""
+In: {"argv": [...], "batch": documents a transaction, "said": a file}. Out: the process id when the command begins, its wait
+status when it has ended. The fork has everything imported, so what is killed is the command, not its imports. After every
+commit it writes to `said` how many documents it has committed so far; segments of indexes are made small, so that there are
+several commits to one."""
 
 import json
 import os

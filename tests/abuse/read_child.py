@@ -1,8 +1,9 @@
 """Reads generated inputs one by one and stores what they give: `python read_child.py FOLDER FIRST STOP`.
 
-One line of JSON for every input that broke a promise: an exception that is not ours, more than SECONDS, an open for writing outside
-the store, a document that cannot be stored as it is. The last line says how many there were, how many documents, and the peak of
-memory. It runs in a process of its own so that a crash of a parser, or the kernel's limit on memory, is seen and takes nothing along."""
+One line of JSON for every input that broke a promise: an exception that is not ours, more than SECONDS, an open for writing
+outside the store, a document that cannot be stored as it is. The last line says how many there were, how many documents, and
+the peak of memory. It runs in a process of its own so that a crash of a parser, or the kernel's limit on memory, is seen and
+takes nothing along."""
 
 from __future__ import annotations
 
@@ -15,12 +16,12 @@ import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-import inputs  # noqa: E402
+import inputs
 
-from ralm import progress  # noqa: E402
-from ralm.errors import RalmError  # noqa: E402
-from ralm.what.datastore import Datastore  # noqa: E402
-from ralm.what.read import read  # noqa: E402
+from ralm import progress
+from ralm.errors import RalmError
+from ralm.what.datastore import Datastore
+from ralm.what.read import read
 
 SECONDS = 10
 MEGABYTES = 1500  # that one input may take: five times the largest text that is read
@@ -28,13 +29,14 @@ BATCH = 250  # inputs between two commits to the store
 PASSWD = "root:x:0:0"  # of a file that no input may bring in
 OURS: list[str] = []  # folders in which writing is allowed
 WROTE: list[str] = []
+CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.symlink", "os.link", "os.rmdir", "os.truncate"}
 
 
 def watch(event: str, args: tuple) -> None:
     """Every path that Python is asked to write to."""
-    if event == "open" and isinstance(args[0], str | bytes) and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-        path = os.fsdecode(args[0])
-    elif event in ("os.mkdir", "os.rename", "os.remove", "os.symlink", "os.link", "os.rmdir", "os.truncate") and isinstance(args[0], str | bytes):
+    if not args or not isinstance(args[0], str | bytes):
+        return
+    if event in CHANGES or (event == "open" and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
         path = os.fsdecode(args[0])
     else:
         return

@@ -1,7 +1,7 @@
 """A reader beside a writer: `python reader_child.py STORE SECONDS SEED`, one line of JSON for every answer it was given.
 
-Each turn it goes to the newest version (or opens the datastore anew), asks for a few things, and says at which version and what it got;
-at the end `done`. Whether the answers are right is for the test to say, who knows what every version held."""
+Each turn it goes to the newest version (or opens the datastore anew), asks for a few things, and says at which version and what
+it got; at the end `done`. Whether the answers are right is for the test to say, who knows what every version held."""
 
 import json
 import random
@@ -35,8 +35,9 @@ def main() -> None:
             name = f"d{r.randrange(80)}"
             text = store.document(name).text if store.has(name) else None
             end = end or time.monotonic() + seconds  # machine code is loaded now
-            told = {"version": store.version, "query": query, "hits": chunks, "scores": hits.scores[0][:len(ids)].tolist(), "name": name,
-                    "text": text, "documents": len(store), "listed": sorted(d.id for d in store.documents()) if r.random() < 0.2 else None}
+            listed = sorted(d.id for d in store.documents()) if r.random() < 0.2 else None
+            told = {"version": store.version, "query": query, "hits": chunks, "scores": hits.scores[0][:len(ids)].tolist(),
+                    "name": name, "text": text, "documents": len(store), "listed": listed}
         except StoreError as e:
             told = {"error": str(e)}
         except BaseException as e:

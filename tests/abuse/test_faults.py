@@ -1,5 +1,5 @@
-"""Full disks, folders that cannot be written or read, clocks that go back, files that change while they are read, datastores that are
-moved: a clear line or the right result, and a datastore that is sound in every byte afterwards."""
+"""Full disks, folders that cannot be written or read, clocks that go back, files that change while they are read, datastores
+that are moved: a clear line or the right result, and a datastore that is sound in every byte afterwards."""
 
 import gzip
 import json
@@ -97,7 +97,8 @@ def fill(folder: Path, left: int) -> Path:
     return file
 
 
-FULL = {"add": lambda kb, more, table: ["add", kb, more], "remove": lambda kb, more, table: ["remove", kb, "--where", "number < 300"],
+FULL = {"add": lambda kb, more, table: ["add", kb, more],
+        "remove": lambda kb, more, table: ["remove", kb, "--where", "number < 300"],
         "compact": lambda kb, more, table: ["compact", kb], "purge": lambda kb, more, table: ["compact", kb, "--purge"],
         "bm25": lambda kb, more, table: ["index", kb, "--index", "bm25", "--rebuild"],
         "dense": lambda kb, more, table: ["index", kb, "--index", f"dense:{table}", "--rebuild"]}
@@ -159,7 +160,8 @@ def test_files_that_may_not_grow(base, more, tmp_path):
     """A limit on the size of a file, which needs no root: the write fails in the middle of it."""
     kb = shutil.copytree(base, tmp_path / "kb")
     limited = [sys.executable, "-c", "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-               "from ralm.app import cli\nresource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\nsys.exit(cli.main(sys.argv[1:]))"]
+               "from ralm.app import cli\n"
+               "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\nsys.exit(cli.main(sys.argv[1:]))"]
     done = subprocess.run([*limited, "add", kb, more, "-q"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and one_line(done.stderr) and "File too large" in done.stderr, done.stderr
     assert numbers(kb) == list(range(N)) and resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 20_000

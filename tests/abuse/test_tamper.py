@@ -1,5 +1,5 @@
-"""Every file of a datastore flipped, cut and taken away: what is served is what was written, or an error names the file and the way out;
-doctor finds all of it; one command brings a derived part back."""
+"""Every file of a datastore flipped, cut and taken away: what is served is what was written, or an error names the file and the
+way out; doctor finds all of it; one command brings a derived part back."""
 
 import json
 import random
@@ -105,7 +105,7 @@ def walk(base: Path, folder: Path, cases: list[tuple[Path, str]], seed: int, enc
         said, problems = look(path, file, harm, good)
         count["same" if said == "same" else "told"] += 1
         optional = file.name in (*HARMLESS, sums.NAME) or (file.name == "manifest.json" and harm == "gone") or (
-            harm == "gone" and file.parent.name in ("_versions", "_transactions", "_deletions", "data"))  # only older versions need them
+            harm == "gone" and file.parent.name in ("_versions", "_transactions", "_deletions", "data"))  # of older versions
         assert problems or said == "same", f"{file} {harm}: {said}; doctor says nothing"
         assert problems or optional, f"{file} {harm}: doctor says nothing"
         if said != "same" and file.parts[0] == "index":
@@ -219,7 +219,8 @@ def test_doctor_tells_a_wrong_chunk_and_a_wrong_column(base, tmp_path, capsys):
     assert cli.main(["doctor", str(path), "--json"]) == 1
     problems = json.loads(capsys.readouterr().out)["problems"]
     said = "\n".join(problems)
-    assert all(w in said for w in ("chunk 7 says", "chunk 9 says", "'year'", "document 'd11' is not what was added")) and len(problems) == 4
+    assert all(w in said for w in ("chunk 7 says", "chunk 9 says", "'year'", "document 'd11' is not what was added"))
+    assert len(problems) == 4
     assert all("ralm add" in p or "ralm index" in p for p in problems)
 
 
