@@ -26,7 +26,7 @@ KINDS = ("auto", "exact", "ivf", "ivfpq")
 EXACT = 200_000
 TAIL, SHARE = 50_000, 0.1  # rows that may wait to be added, searched exactly meanwhile
 LEAST = 2_000  # fewer rows than this are not worth lists
-REACH = 3
+REACH = 1.25
 DEPTH, TARGET, PROBES = 100, 0.9, 128
 NPROBE = (4, 8, 16, 32, 64, 128, 256)
 CODED = 256  # dimensions that codes are made of
@@ -71,7 +71,7 @@ class Inverted:
         parameters = faiss.SearchParametersIVF(nprobe=min(nprobe, lists), **options)
         if isinstance(self.index, faiss.IndexPreTransform):
             parameters = faiss.SearchParametersPreTransform(index_params=parameters)
-        return self.index.search(np.ascontiguousarray(q_QD, np.float32), min(REACH * k, self.rows), params=parameters)[1]
+        return self.index.search(np.ascontiguousarray(q_QD, np.float32), min(int(REACH * k), self.rows), params=parameters)[1]
 
 
 def open_index(folder: Path, now: manifest.Manifest, keys: nearest.Keys) -> Inverted | None:
@@ -160,19 +160,25 @@ def _save(index: Any, file: Path) -> None:
         raise OSError(f"cannot write {file}: {str(e).splitlines()[-1][:120]}") from e
 
 
+def lists_of(rows: int) -> int:
+    """How many lists for so many rows: with 2 sqrt(N) a search at nprobe lists compares 2 sqrt(N) centres and nprobe sqrt(N) / 2
+    codes, and codes are ten times cheaper."""
+    return max(4, min(2 * int(rows ** 0.5), rows // 40))
+
+
 def _new(kind: str, keys: nearest.Keys) -> Any:
     """An empty, trained FAISS index."""
     import faiss
 
     dim, metric = keys.dim, faiss.METRIC_L2 if keys.metric == "l2" else faiss.METRIC_INNER_PRODUCT
-    lists = max(4, min(2 * int(len(keys) ** 0.5), len(keys) // 40))
+    lists = lists_of(len(keys))
     if kind == "ivf":
         coded = min(dim, CODED)
         codes = max(m for m in range(1, coded // 2 + 1) if coded % m == 0 and m <= max(1, coded // 2))
         reduce = f"PCA{coded}," if dim > coded else ""
         index = faiss.index_factory(dim, f"{reduce}IVF{lists},PQ{codes}x4fs", metric)
     else:  # "np": without polysemous training, which FAISS would add silently and which takes ten times as long
-        codes = max(m for m in range(1, 65) if dim % m == 0)
+        codes = max(m for m in range(1, 65) if dim % m == 0 and (dim // m >= 8 or m == 1))  # FAISS trains narrower ones slowly
         index = faiss.index_factory(dim, f"IVF{lists},PQ{codes}np", metric)
     faiss.extract_index_ivf(index).cp.niter = 10
     rng = np.random.default_rng(0)

@@ -10,17 +10,18 @@ Shapes: Q queries, D dimensions, N rows, K neighbours, C candidates."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from ralm.errors import unknown
 from ralm.index.compiled import compiled, summing
 
-BLOCK = 16_384  # rows of one matrix product
+BLOCK, DEVICE_BLOCK = 16_384, 262_144  # rows of one matrix product; on a GPU
 QUERIES = 512  # queries of one matrix product
 CACHE = 1 << 30  # bytes of widened copies kept
 METRICS = ("l2", "ip")
-NONE = np.zeros(0, bool)
+NONE, NOTHING = np.zeros(0, bool), 0xFFFFFFFF  # no filter; the row that is none
 
 
 @compiled
@@ -113,16 +114,19 @@ def _distances8(q_QD, keys_ND, step_D, first, row_QC, ip, out_QC):
 class Keys:
     """Stored keys, mapped from several parts: float16 [N, D], or int8 [N, D] in multiples of step_D.
 
-    norms: float32 [N], squared lengths of the stored (rounded) keys."""
+    norms: float32 [N], squared lengths of the stored (rounded) keys. device: where torch multiplies (cuda), None for numpy on the
+    CPU; the stored keys then stay on that device."""
 
     def __init__(self, maps: Sequence[np.ndarray], norms: Sequence[np.ndarray], dim: int, step_D: np.ndarray | None = None,
-                 metric: str = "l2"):
+                 metric: str = "l2", device: str | None = None):
         if metric not in METRICS:
             raise unknown("metric", metric, METRICS)
         self.maps, self.norms, self.dim, self.step, self.metric = list(maps), list(norms), dim, step_D, metric
         self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum([len(m) for m in self.maps], dtype=np.int64)])
         self.longest = float(np.sqrt(max((float(n.max(initial=0)) for n in self.norms), default=0.0)))
+        self.device = device
         self._float32: dict[int, np.ndarray] = {}
+        self._there: dict[int, Any] = {}  # blocks on the device
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -166,16 +170,25 @@ class Keys:
 def ranked(keys: Keys, q_QD: np.ndarray, row_QC: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest of candidate rows (-1 for none, no row twice): (rows int64 [Q, k], distances float32 [Q, k]), nearest first,
     ties by ascending row, padded with (-1, inf)."""
-    d_QC = keys.distances(q_QD, row_QC)
-    k = min(k, row_QC.shape[1])
-    if k < row_QC.shape[1]:  # everything as near as the k-th, ties included, then sorted
-        least = np.partition(d_QC, k - 1, 1)[:, k - 1:k]
-        wide = int((d_QC <= least).sum(1).max(initial=0))
-        some = np.argpartition(d_QC, wide - 1, 1)[:, :wide]
-        row_QC, d_QC = np.take_along_axis(row_QC, some, 1), np.take_along_axis(d_QC, some, 1)
-    row_QC = np.where(np.isinf(d_QC), np.int64(-1), row_QC)
-    order = np.lexsort((row_QC, d_QC))[:, :k]
-    return np.take_along_axis(row_QC, order, 1), np.take_along_axis(d_QC, order, 1)
+    packed = _pack(keys.distances(q_QD, row_QC), row_QC)
+    if k < packed.shape[1]:
+        packed = np.partition(packed, k - 1, 1)[:, :k]
+    packed.sort(1)
+    return _unpack(packed)
+
+
+def _pack(d: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Distance and row as one integer that orders by both: numpy sorts those with SIMD, pairs it does not. Rows are below 2^32 - 1."""
+    bits = np.ascontiguousarray(d, np.float32).view(np.uint32)
+    bits = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))  # negative numbers order the other way round
+    return bits.astype(np.uint64) << np.uint64(32) | rows.astype(np.uint64) & np.uint64(NOTHING)
+
+
+def _unpack(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    bits = (packed >> np.uint64(32)).astype(np.uint32)
+    d = np.where(bits >> 31, bits & np.uint32(0x7FFFFFFF), ~bits).view(np.float32)
+    rows = (packed & np.uint64(NOTHING)).astype(np.int64)
+    return np.where(np.isinf(d), -1, rows), d
 
 
 def padded(found: tuple[np.ndarray, np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -218,6 +231,8 @@ def _exact(keys: Keys, q_QD: np.ndarray, k: int, take: int, there: int,
 
 def candidates(keys: Keys, q_QD: np.ndarray, take: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Rows int64 [Q, take] of the largest float32 scores (2 q.x - |x|^2, or q.x), and those scores; in no order."""
+    if keys.device is not None:
+        return _candidates_on(keys, q_QD, take, allowed)
     l2 = keys.metric == "l2"
     best = np.full((len(q_QD), take), -np.inf, np.float32)
     rows, held = np.full((len(q_QD), take), -1, np.int64), np.zeros(len(q_QD), np.int64)
@@ -231,3 +246,30 @@ def candidates(keys: Keys, q_QD: np.ndarray, take: int, allowed: np.ndarray | No
             s_QB -= norms
         _offer(s_QB, first, here, best, rows, held)
     return rows, best
+
+
+def _candidates_on(keys: Keys, q_QD: np.ndarray, take: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """`candidates` by torch on keys.device: blocks of stored keys are moved there once, the top is merged block by block."""
+    import torch
+
+    l2, on = keys.metric == "l2", dict(device=keys.device)
+    q = torch.from_numpy(2 * q_QD if l2 else q_QD).to(**on)
+    best = torch.full((len(q), take), -torch.inf, **on)
+    rows = torch.full((len(q), take), -1, dtype=torch.long, **on)
+    step = None if keys.step is None else torch.from_numpy(keys.step).to(**on)
+    for start, stored, norms in zip(keys.starts.tolist(), keys.maps, keys.norms):
+        for a in range(0, len(stored), DEVICE_BLOCK):
+            if start + a not in keys._there:
+                keys._there[start + a] = torch.from_numpy(np.array(stored[a:a + DEVICE_BLOCK])).to(**on)
+            x = keys._there[start + a].float()
+            s_QB = q @ (x if step is None else x * step).T
+            if l2:
+                s_QB -= torch.from_numpy(np.array(norms[a:a + DEVICE_BLOCK])).to(**on)
+            if allowed is not None:
+                here = torch.from_numpy(np.ascontiguousarray(allowed[start + a:start + a + len(x)])).to(**on)
+                s_QB.masked_fill_(~here, -torch.inf)
+            s, at = s_QB.topk(min(take, len(x)), 1)
+            best, order = torch.cat([best, s], 1).topk(take, 1)
+            rows = torch.cat([rows, at + (start + a)], 1).gather(1, order)
+    rows = torch.where(torch.isinf(best), -1, rows)
+    return rows.cpu().numpy(), best.cpu().numpy()

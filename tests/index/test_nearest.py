@@ -47,6 +47,22 @@ def test_exact_is_brute_force(seed, metric, int8, k, dim):
     assert (np.diff(d[:, :there], axis=1) >= 0).all()
 
 
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_way_a_gpu_goes_gives_the_same(metric, int8, monkeypatch):
+    """The torch path, run on the CPU: same rows, same distances."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(nearest, "DEVICE_BLOCK", 300)
+    rng = np.random.default_rng(0)
+    keys, _ = make(rng, 2000, 32, int8=int8, metric=metric)
+    there = nearest.Keys(keys.maps, keys.norms, 32, keys.step, metric, device="cpu")
+    q = rng.normal(size=(6, 32)).astype(np.float32)
+    for allowed in (None, rng.random(2000) < 0.3, np.zeros(2000, bool)):
+        a, b = nearest.exact(keys, q, 25, allowed), nearest.exact(there, q, 25, allowed)
+        assert np.array_equal(a[0], b[0]) and np.array_equal(a[1], b[1])
+    assert len(there._there) == 8 and all(isinstance(x, torch.Tensor) for x in there._there.values())
+
+
 def test_equal_keys_come_by_ascending_row():
     keys = nearest.Keys([np.ones((50, 8), np.float16)], [np.full(50, 8, np.float32)], 8)
     rows, d = nearest.exact(keys, np.zeros((1, 8), np.float32), 7)
