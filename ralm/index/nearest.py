@@ -178,7 +178,7 @@ def ranked(keys: Keys, q_QD: np.ndarray, row_QC: np.ndarray, k: int) -> tuple[np
 
 
 def _pack(d: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Distance and row as one integer that orders by both: numpy sorts those with SIMD, pairs it does not. Rows are below 2^32 - 1."""
+    """Distance and row as one integer that orders by both: numpy sorts those with SIMD, pairs it does not. Rows: below 2^32 - 1."""
     bits = np.ascontiguousarray(d, np.float32).view(np.uint32)
     bits = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))  # negative numbers order the other way round
     return bits.astype(np.uint64) << np.uint64(32) | rows.astype(np.uint64) & np.uint64(NOTHING)

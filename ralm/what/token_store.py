@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,12 @@ class Neighbours:
     rows: np.ndarray  # int64
     distances: np.ndarray  # float32: squared Euclidean, or minus the inner product
     values: np.ndarray  # int64: the token that followed
+    counts: np.ndarray | None = None  # float32: tokens a row stands for (token_merge.py); None: one each
+    lams: np.ndarray | None = None  # float32 [Q]: the weight a gate gives them (how/adaptive.py)
+
+    def take(self, queries: np.ndarray | slice) -> Neighbours:
+        """Those of some queries."""
+        return Neighbours(*(None if (a := getattr(self, f.name)) is None else a[queries] for f in fields(self)))
 
     @staticmethod
     def empty(queries: int, k: int = 0) -> Neighbours:
@@ -97,10 +103,14 @@ class TokenStore:
     """The token rows of a datastore (or of a union of several, each with its own) for one language model.
 
     lm: the model whose states are asked with; None opens what is there without checking it. name: of a second store beside the
-    first. Raises StoreError where there is none, FingerprintError where it was made by another model or otherwise than asked."""
+    first. device: where exact search multiplies ("cuda"; default: where the model is). Raises StoreError where there is none,
+    FingerprintError where it was made by another model or otherwise than asked."""
 
-    def __init__(self, store, lm: Any = None, name: str = "", index: str | None = None, nprobe: int | None = None):
+    def __init__(self, store, lm: Any = None, name: str = "", index: str | None = None, nprobe: int | None = None,
+                 device: str | None = None):
         self.store, self.lm, self.name, self.nprobe = store, lm, str(name or "default"), nprobe
+        where = getattr(getattr(lm, "model", None), "device", None)
+        self.device = device or (str(where) if getattr(where, "type", "cpu") == "cuda" else None)
         if nprobe is not None and nprobe < 1:
             raise UsageError(f"nprobe = {nprobe}: at least 1")
         self._wish, self._guard, self._view = Wish(index=index), threading.Lock(), None
@@ -183,6 +193,39 @@ class TokenStore:
         order = np.lexsort((np.where(rows < 0, np.iinfo(np.int64).max, rows), d))[:, :k]
         return Neighbours(*(np.take_along_axis(a, order, 1) for a in (rows, d, values)))
 
+    def values(self, rows: np.ndarray) -> np.ndarray:
+        """int64, the shape of `rows`: the token of each row, -1 for rows below 0."""
+        out = np.full(rows.shape, -1, np.int64)
+        for leaf in self.leaves:
+            out = np.maximum(out, leaf.rows.values(rows - leaf.offset))
+        return out
+
+    def counts(self, rows: np.ndarray) -> np.ndarray | None:
+        """float32, the shape of `rows`: how many tokens each row stands for; None where each is one."""
+        return None
+
+    def distances(self, q_QD: np.ndarray, rows_QC: np.ndarray) -> np.ndarray:
+        """float32 [Q, C]: of every query to its rows, as `search` would give it; inf for rows below 0."""
+        out = np.full(rows_QC.shape, np.inf, np.float32)
+        for leaf in self.leaves:
+            here = (rows_QC >= leaf.offset) & (rows_QC < leaf.offset + len(leaf.rows))
+            if here.any():
+                local = np.where(here, rows_QC - leaf.offset, -1)
+                out[here] = leaf.rows.keys.distances(leaf.rows.projection(q_QD), local)[here]
+        return out
+
+    def successors(self, rows_QC: np.ndarray, tokens_Q: np.ndarray) -> np.ndarray:
+        """int64 [Q, C]: of each row that holds its query's token, the row of the token after it in the same document; else -1."""
+        out = np.full(rows_QC.shape, -1, np.int64)
+        for leaf in self.leaves:
+            q, c = np.nonzero((rows_QC >= leaf.offset) & (rows_QC < leaf.offset + len(leaf.rows)))
+            local = rows_QC[q, c] - leaf.offset
+            right = leaf.rows.values(local) == tokens_Q[q]
+            q, c, local = q[right], c[right], local[right]
+            goes = local + 1 < leaf.rows.first[leaf.rows.document(local) + 1]
+            out[q[goes], c[goes]] = local[goes] + 1 + leaf.offset
+        return out
+
     def places(self, rows: Sequence[int]) -> list[Place]:
         """Where each row was read."""
         rows = np.asarray(rows, np.int64)
@@ -237,6 +280,7 @@ class _Leaf:
                 before, now = now, token_build.ready(store, owner.lm, owner.name, wish)
                 if now == before:  # otherwise a writer merged parts while we were opening them: look again
                     raise
+        self.rows.keys.device = owner.device
         exact = inverted.kind_of(wish.index or now.settings["index"], len(self.rows)) == "exact"
         self.near = None if exact else inverted.open_index(folder, now, self.rows.keys)
         self._filters: OrderedDict[tuple, np.ndarray | None] = OrderedDict()
