@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ralm.how.output import innermost
+from ralm.how.output import asking, innermost
 from ralm.lm.pieces import spans
 from ralm.types import Evidence, Scored
 
@@ -66,7 +66,7 @@ class Provenance:
         pieces = _pieces(ralm.lm.tokenizer, text, system.tokens.tolist())
         made = Provenance(pieces, alone.logp, system.logp, system.at, system.evidence, _moved(ralm, system, alone),
                           convention=system.convention)
-        return made if ralm.how.what != "tokens" else _with_neighbours(made, ralm, run, system, most)
+        return made if asking(ralm.how, "tokens") is None else _with_neighbours(made, ralm, run, system, most)
 
 
 def _moved(ralm: RALM, system: Scored, alone: Scored) -> dict[str, float]:
@@ -90,21 +90,21 @@ def _pieces(tokenizer: Any, text: str, ids: Sequence[int]) -> list[str]:
 
 def _with_neighbours(made: Provenance, ralm: RALM, run: Any, system: Scored, most: int) -> Provenance:
     """The same with each token's neighbours, and documents by the probability they supplied."""
-    how, T = ralm.how, len(system.tokens)
+    how, T = asking(ralm.how, "tokens"), len(system.tokens)
     p_knn, shown = np.full(T, np.nan), [[] for _ in range(T)]
     supplied: list[tuple[np.ndarray, np.ndarray]] = []  # rows, and how much of a token each supplied
     for position, found, i in run.near or ():
         t = position - run.prompt
-        keep = found.rows[i] >= 0
-        if not keep.any():
+        one = found.take(slice(i, i + 1))
+        rows, there = one.rows[0], one.rows[0] >= 0
+        if not there.any():
             continue
-        one = type(found)(*(a[i:i + 1, keep] for a in (found.rows, found.distances, found.values)))
         weights, lam = how.weights(one)[0].double().numpy(), float(how.lams(one)[0, 0])
-        right = one.values[0] == system.tokens[t]
+        right = there & (one.values[0] == system.tokens[t])
         p_knn[t] = weights[right].sum()
-        supplied.append((one.rows[0][right], lam * weights[right] / float(np.exp(system.logp[t]))))
-        order = np.lexsort((one.rows[0], -weights))[:most]
-        shown[t] = [(int(one.rows[0, j]), float(one.distances[0, j]), float(weights[j]), bool(right[j])) for j in order.tolist()]
+        supplied.append((rows[right], lam * weights[right] / float(np.exp(system.logp[t]))))
+        order = np.lexsort((rows, -weights))[:min(most, int(there.sum()))]
+        shown[t] = [(int(rows[j]), float(one.distances[0, j]), float(weights[j]), bool(right[j])) for j in order.tolist()]
     resolve = _Places(ralm, [rows for rows, _ in supplied] + [np.array([s[0] for s in x], np.int64) for x in shown])
     documents = dict(made.documents) if innermost(how).how != "none" else {}
     for rows, shares in supplied:

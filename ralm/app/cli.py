@@ -1,5 +1,5 @@
-"""The command line: names, help and exit codes. What a command does is in stores.py, indexes.py, asking.py, scoring.py,
-evaluating.py and doctor.py.
+"""The command line: names, help and exit codes. What a command does is in stores.py, indexes.py, tokens.py, asking.py,
+scoring.py, explaining.py, evaluating.py and doctor.py.
 
 stdout carries the result, stderr the talk. Exit codes: 0 done, 1 it could not be done, 2 the request is wrong, 130 stopped by
 Ctrl-C. Commands load when they are used, so `ralm --help` is quick; nothing here imports torch, numpy or a table engine."""
@@ -32,6 +32,7 @@ COMMANDS = {  # where it is, what it takes, one line of help, its group
     "add": ("stores:add", "STORE PATH...", "Add or update documents.", BUILD),
     "remove": ("stores:remove", "STORE --id ID | --where FILTER", "Remove documents, at once in every index.", BUILD),
     "index": ("indexes:index", "STORE [--index SPEC]", "Build or extend an index.", BUILD),
+    "tokens": ("tokens:tokens", "STORE --lm MODEL", "The token store of a model, for --how knn.", BUILD),
     "show": ("stores:show", "STORE", "What a datastore holds and how it was made.", BUILD),
     "history": ("stores:history", "STORE", "The versions of a datastore.", BUILD),
     "compact": ("stores:compact", "STORE", "Rewrite a datastore without gaps.", BUILD),
@@ -39,6 +40,7 @@ COMMANDS = {  # where it is, what it takes, one line of help, its group
     "ask": ("asking:ask", "STORE QUESTION", "Answer a question with quotes and sources.", USE),
     "generate": ("asking:generate", "STORE PROMPT", "Continue a prompt with retrieval, as a stream.", USE),
     "score": ("scoring:score", "STORE FILE...", "Perplexity and bits per byte of texts.", MEASURE),
+    "explain": ("explaining:explain", "STORE TEXT --lm MODEL --how HOW", "What retrieval changed, token by token.", MEASURE),
     "eval retrieval": ("evaluating:retrieval", "STORE --queries FILE --qrels FILE", "nDCG, recall and others.", MEASURE),
     "eval qa": ("evaluating:qa", "STORE --questions FILE | --predictions P --gold G", "Exact match and F1 of answers.", MEASURE),
     "doctor": ("doctor:doctor", "[STORE]", "What this machine has; with STORE, verify it.", MORE),
@@ -46,7 +48,7 @@ COMMANDS = {  # where it is, what it takes, one line of help, its group
 }
 
 
-WRITERS = ("build", "add", "remove", "index", "compact", "demo")  # commands that go on where they were stopped
+WRITERS = ("build", "add", "remove", "index", "tokens", "compact", "demo")  # commands that go on where they were stopped
 
 
 def application(argv: Sequence[str]) -> App:

@@ -163,12 +163,13 @@ def _artifacts(path: Path, kb: Any, problems: list[str], notes: list[str]) -> It
     from ralm.index import examine as index
     from ralm.index import manifest
 
-    for folder in sorted(p for p in (path / "index").glob("*") if p.is_dir()):
+    for folder in sorted(p for family in ("index", "tokens") for p in (path / family).glob("*") if p.is_dir()):
         wrong, known = index.artifact(kb, folder)
         problems += wrong
         notes += known
         made = None if wrong else manifest.load(folder)
-        yield {"name": folder.name, "kind": made.kind if made else None, "rows": sum(p.rows for p in made.parts) if made else None,
+        name = folder.name if folder.parent.name == "index" else f"tokens/{folder.name}"
+        yield {"name": name, "kind": made.kind if made else None, "rows": sum(p.rows for p in made.parts) if made else None,
                "bytes": disk(folder), "wrong": wrong}
 
 

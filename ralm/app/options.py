@@ -28,8 +28,10 @@ Where = Annotated[str | None, Parameter(help="Filter on document fields and meta
 At = Annotated[int | None, Parameter(help="Read the datastore as it was at this version (see ralm history).")]
 Finder = Annotated[str, Parameter(name="--retriever", help="tfidf, bm25, dense or hybrid, with options: bm25:k1=1.2,b=0.75. "
                                                            "auto: the best that is built.")]
-HowArg = Annotated[str, Parameter(help="How passages enter the model: none, prepend:k=2, ensemble:k=4,weights=posterior. They take "
-                                 "256 tokens of the window, half of it where it is smaller; tokens=N sets that.")]
+HowArg = Annotated[str, Parameter(help="How what is retrieved enters the model: none, prepend:k=2, ensemble:k=4,weights=posterior "
+                                 "(passages take 256 tokens of the window, half of it where it is smaller; tokens=N sets that); "
+                                 "knn:k=1024,lam=0.25,temperature=10 (needs ralm tokens), prepend:k=1+knn:lam=0.2.")]
+TokensArg = Annotated[str, Parameter(name="--tokens", help="With --how knn: the token store, by the name ralm tokens gave it.")]
 AskHow = Annotated[str | None, Parameter(name="--how", help="How a language model is given the passages: prepend, "
                                                             "ensemble:weights=posterior. A reader needs none.")]
 WhenArg = Annotated[str, Parameter(help="When to retrieve: once, every:4, adaptive:theta=0.4.")]

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from ralm import progress
+from ralm.app import options
 from ralm.app.asking import speaking
-from ralm.app.options import LM, At, Files, Finder, HowArg, StoreArg, Strict, WhenArg, Where, documents, positive, skip, writable
+from ralm.app.options import LM, At, Files, Finder, HowArg, StoreArg, Strict, TokensArg, WhenArg, Where, positive, skip, writable
 from ralm.app.terminal import Output, bold, count, duration, facts, number, table
 
 SHOWN = 10  # documents listed one by one
@@ -24,23 +25,24 @@ def score(store: StoreArg, /, *files: Files, lm: LM = "bundled:base", how: HowAr
           exclude_self: Annotated[bool, Parameter(show_default=False, help="A text that is itself in the datastore (same "
                                                   "id or text) is not retrieved while it is scored. Without it, it may be, "
                                                   "which flatters the figures.")] = False,
-          retriever: Finder = "auto", where: Where = None, at: At = None, strict: Strict = False,
+          retriever: Finder = "auto", tokens: TokensArg = "default", where: Where = None, at: At = None, strict: Strict = False,
           save: Annotated[Path | None, Parameter(help="Keep each document's figures in this file (JSON lines); a run that was "
                                                       "stopped goes on from it.")] = None,
           out: Output = Output()) -> None:  # noqa: B008
     """Perplexity and bits per byte of texts; every document of FILE is scored on its own, no context crosses.
 
     JSON: ppl (per token), bits_per_byte, nats_per_token, tokens, bytes, convention, seconds; word_ppl, words, documents, intervals,
-    retrievals, passages_read, passages_cut, excluded_documents, rows [{id, nats, tokens, words, bytes, ...}], version."""
+    retrievals (of passages, and of neighbours of tokens), tokens_searched, passages_read, passages_cut, excluded_documents,
+    rows [{id, nats, tokens, words, bytes, ...}], version."""
     from ralm.eval.perplexity import evaluate_perplexity
 
     positive("--window", window)
     positive("--stride", stride)
     writable("--save", save)
     skipped: list[Any] = []
-    texts = list(documents("score", files, strict, skipped))
-    system, kb = speaking(store, at, lm, how, when, retriever, where, window)
-    inside = [d.id for d in texts if system.retriever is not None and not exclude_self and kb.has(d.id)]
+    texts = list(options.documents("score", files, strict, skipped))
+    system, kb = speaking(store, at, lm, how, when, retriever, where, window, tokens)
+    inside = [d.id for d in texts if system.how.how != "none" and not exclude_self and kb.has(d.id)]
     if inside:
         progress.note(f"{count(len(inside), 'text')} to be scored, like '{inside[0]}', may find itself in the datastore; "
                       "--exclude-self prevents that")

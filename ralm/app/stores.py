@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from ralm import progress
 from ralm.app.options import At, Index, Paths, StoreArg, Strict, Where, documents, skip, specs
 from ralm.app.terminal import Output, bold, count, dim, duration, facts, size, table
 from ralm.errors import UsageError
@@ -82,7 +83,7 @@ def compact(store: StoreArg, /, *,
             purge: Annotated[bool, Parameter(show_default=False, help="Also delete older versions: removed text is then nowhere on "
                                                            "disk.")] = False,
             out: Output = Output()) -> None:  # noqa: B008
-    """Rewrite the datastore and its indexes without rows that are gone. Older versions stay readable unless --purge.
+    """Rewrite the datastore, its indexes and token stores without rows that are gone. Older versions stay readable unless --purge.
 
     JSON: documents, chunks, version, seconds; bytes_before, bytes, dropped_documents, dropped_chunks."""
     from ralm.index import compact as squeeze
@@ -123,7 +124,7 @@ def show(store: StoreArg, /, *, at: At = None,
     `ralm remove` would take.
 
     JSON: documents, chunks, version, seconds; store, id, split, bytes, fields {name: type} for --where, indexes
-    [{name, kind, rows, bytes, settings, facts}].
+    and token_stores [{name, kind, rows, bytes, settings, facts}].
     With --id: id, text, title, source, licence, date, metadata. With --ids: ids, documents (how many), version, seconds."""
     from ralm.what.datastore import Datastore
 
@@ -142,9 +143,9 @@ def show(store: StoreArg, /, *, at: At = None,
         listed = {"ids": found, "documents": len(found), "version": kb.version, "seconds": round(time.perf_counter() - began, 3)}
         out.show(listed, lambda: found)
         return
-    indexes = list(artifacts(store))
+    indexes, token_stores = list(artifacts(store)), list(artifacts(store, "tokens"))
     data = _totals(kb, began) | {"store": str(store), "id": kb.id, "split": kb.split, "bytes": disk(store),
-                                 "fields": kb.columns(), "indexes": indexes}
+                                 "fields": kb.columns(), "indexes": indexes, "token_stores": token_stores}
     out.show(data, lambda: _store_lines(data))
 
 
@@ -170,12 +171,16 @@ def _totals(kb: Datastore, began: float) -> dict[str, Any]:
 
 def _report(kb: Datastore, added: Any, skipped: list[Any], began: float, out: Output) -> None:
     from ralm.index import built
+    from ralm.index.manifest import tokens_command
 
     files = [skip(s) for s in skipped]
     data = _totals(kb, began) | {
         "added": added.documents, "updated": added.updated, "unchanged": added.unchanged, "added_chunks": added.chunks,
         "replaced": added.replaced,
         "skipped": files, "indexes": built(kb), "split": kb.split, "store": str(kb.path)}
+    for t in artifacts(kb.path, "tokens") if added.documents or added.updated else ():
+        progress.note(f"token store '{t['name']}' has yet to read what is new: {tokens_command(kb.path / t['folder'])} (or "
+                      "the next --how knn does)")
     out.show(data, lambda: _report_lines(data))
 
 
@@ -217,13 +222,17 @@ def _store_lines(data: dict[str, Any]) -> Iterator[str]:
                          ["index", "kind", "rows", "size"], right=[2, 3])
     else:
         yield dim(f"no index yet: ralm index {data['store']} --index bm25")
+    if data["token_stores"]:
+        yield ""
+        yield from table([[t["name"], t["settings"]["lm"], t["settings"]["key"], f"{t['rows']:,}", size(t["bytes"])]
+                          for t in data["token_stores"]], ["token store", "model", "key", "tokens", "size"], right=[3, 4])
 
 
-def artifacts(store: Path) -> Iterator[dict[str, Any]]:
-    """Every derived artifact of a datastore, from its manifest."""
+def artifacts(store: Path, family: str = "index") -> Iterator[dict[str, Any]]:
+    """Every derived artifact of a datastore in this folder (index, tokens), from its manifest."""
     from ralm.index import manifest
 
-    for folder in sorted(p.parent for p in Path(store).glob("*/*/manifest.json")):
+    for folder in sorted(p.parent for p in Path(store).glob(f"{family}/*/manifest.json")):
         made = manifest.load(folder)
         if made is not None:
             yield {"name": folder.name, "folder": str(folder.relative_to(store)), "kind": made.kind,

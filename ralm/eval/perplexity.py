@@ -18,6 +18,7 @@ from ralm.errors import RalmError, UsageError
 from ralm.eval.files import Ledger
 from ralm.eval.interval import interval
 from ralm.eval.qa import describe
+from ralm.how.output import asking
 from ralm.types import Document
 
 if TYPE_CHECKING:
@@ -74,16 +75,21 @@ def evaluate_perplexity(ralm: RALM, texts: Iterable[Document | str | tuple[str, 
     earlier is continued.
 
     Returns {"ppl", "word_ppl", "bits_per_byte", "nats_per_token", "tokens", "words", "bytes", "documents", "intervals",
-    "excluded_documents", "retrievals", "passages_read", "passages_cut", "rows", "convention", "seconds"}. Raises UsageError without
-    any text or for an id given twice; the error of a document that cannot be scored names it."""
+    "excluded_documents", "retrievals", "passages_read", "passages_cut", "tokens_searched", "rows", "convention",
+    "seconds"}; retrievals count both those of passages and those of neighbours, one a token. Raises UsageError without any text or
+    for an id given twice; the error of a document that cannot be scored names it."""
     began = time.perf_counter()
     documents = _documents(texts)
-    own = _own(ralm, documents) if exclude_self and ralm.store is not None and ralm.how.how != "none" else {}
+    own = own_documents(ralm, documents) if exclude_self and ralm.store is not None and ralm.how.how != "none" else {}
     store = ralm.store
-    of = {"lm": describe(ralm.lm), "retriever": None if ralm.how.how == "none" else describe(ralm.retriever),
-          "how": repr(ralm.how), "when": repr(ralm.when), "where": ralm.where, "window": window, "stride": stride,
+    searching = ralm.how.how != "none" and ralm.retriever is not None
+    of = {"lm": describe(ralm.lm), "retriever": describe(ralm.retriever) if searching else None,
+          "how": describe(ralm.how), "when": repr(ralm.when), "where": ralm.where, "window": window, "stride": stride,
           "exclude_self": exclude_self, "datastore": None if store is None else f"{store.id} version {store.version}"}
     convention: dict[str, Any] = {}
+    if ralm.tokens is not None and asking(ralm.how, "tokens") is not None:
+        made = ("fingerprint", "key", "window", "stride", "project", "dtype", "metric")
+        of["token_store"] = f"{ralm.tokens!r}, " + ", ".join(f"{name} {ralm.tokens.settings[name]}" for name in made)
     size = sum(len(d.text.encode("utf-8", "surrogatepass")) for d in documents)
     with Ledger(ledger, of) as book, progress.task("score", total=size, unit="B") as advance:
         for d in documents:
@@ -100,7 +106,7 @@ def evaluate_perplexity(ralm: RALM, texts: Iterable[Document | str | tuple[str, 
     return total.figures() | asdict(total) | {
         "intervals": {"nats_per_token": (low, high), "ppl": (_exp(low), _exp(high))},
         "excluded_documents": sum(len(r["excluded"]) for r in rows), "retrievals": sum(r["retrievals"] for r in rows),
-        **{key: sum(r.get(key, 0) for r in rows) for key in PASSAGES},
+        **{key: sum(r.get(key, 0) for r in rows) for key in COUNTED},
         "rows": rows, "seconds": time.perf_counter() - began,
         "convention": convention | of | {
             "window": convention.get("window"), "stride": convention.get("stride"),
@@ -109,7 +115,8 @@ def evaluate_perplexity(ralm: RALM, texts: Iterable[Document | str | tuple[str, 
             "interval": "95 % percentile bootstrap over documents, 1000 resamples"}}
 
 
-PASSAGES = ("passages_read", "passages_cut")  # distinct per document; cut: not all of their tokens fitted into their share
+# passages: distinct per document; cut: not all of their tokens fitted into their share. Tokens whose neighbours were looked for.
+COUNTED = ("passages_read", "passages_cut", "tokens_searched")
 OWN = "excluded from retrieval, as is every document with the same text"
 
 
@@ -134,7 +141,7 @@ def _documents(texts: Iterable[Document | str | tuple[str, str]]) -> list[Docume
     return out
 
 
-def _own(ralm: RALM, documents: Sequence[Document]) -> dict[str, list[str]]:
+def own_documents(ralm: RALM, documents: Sequence[Document]) -> dict[str, list[str]]:
     """Per document, the ids in the datastore that are itself: its own, and those of equal texts (surrounding space aside).
 
     One pass over the stored texts, since a copy may be there under any name."""
@@ -164,8 +171,9 @@ def _row(ralm: RALM, d: Document, digest: str, window: int | None, stride: int |
     except Exception as e:
         e.add_note(f"while scoring the document '{d.id}'")
         raise
-    own = ("excluded", *PASSAGES)  # of this document, not of the evaluation
+    own = ("excluded", "token_seconds", *COUNTED)  # of this document, not of the evaluation
     convention = {key: value for key, value in scored.convention.items() if key not in own}
     return {"id": d.id, "sha256": digest, "nats": scored.nats, "tokens": len(scored.logp), "words": scored.words,
-            "bytes": scored.bytes, "excluded": list(exclude), "retrievals": len(scored.evidence),
-            "convention": convention, "seconds": scored.seconds} | {key: scored.convention[key] for key in PASSAGES}
+            "bytes": scored.bytes, "excluded": list(exclude),
+            "retrievals": len(scored.evidence) + scored.convention.get("tokens_searched", 0),
+            "convention": convention, "seconds": scored.seconds} | {key: scored.convention.get(key, 0) for key in COUNTED}

@@ -18,7 +18,8 @@ def artifact(store, folder: Path) -> tuple[list[str], list[str]]:
     except RalmError as e:
         return [str(e)], []
     if now is None:
-        return [], [f"{folder} has no manifest: a build that never ended; the next ralm index goes on with it"]
+        again = f"ralm {'tokens' if folder.parent.name == 'tokens' else 'index'}"
+        return [], [f"{folder} has no manifest: a build that never ended; the next {again} goes on with it"]
     broken = [f"{w}; {manifest.remedy(folder)}" for w in manifest.verify(folder, now)]
     for what, theirs, ours in (("datastore", now.store, store.id), ("split", now.split, store.split)):
         if theirs != ours:
@@ -26,6 +27,8 @@ def artifact(store, folder: Path) -> tuple[list[str], list[str]]:
     if broken:
         return broken, []
     try:
+        if now.kind == "tokens":
+            return _tokens(store, folder, now)
         ids = _ids(store, folder, now)
     except RalmError as e:
         return [str(e)], []
@@ -52,6 +55,31 @@ def _ids(store, folder: Path, now: manifest.Manifest) -> np.ndarray | None:
         ann.open_index(folder, now, rows)
         return rows.ids
     return None
+
+
+def _tokens(store, folder: Path, now: manifest.Manifest) -> tuple[list[str], list[str]]:
+    """A token store: one document a revision, its inverted index finding what it found when it was made, nothing lacking."""
+    from ralm.index import inverted
+    from ralm.what.token_store import Rows
+
+    rows, again = Rows(folder, now), manifest.remedy(folder)
+    inverted.open_index(folder, now, rows.keys)
+    for first in range(0, len(rows), 1 << 20):
+        values = rows.values(np.arange(first, min(first + (1 << 20), len(rows))))
+        if len(values) and not 0 <= values.min() <= values.max() < now.settings["vocab"]:
+            return [f"{folder} holds tokens that the model does not have ({values.max()}); {again}"], []
+    alive, notes = np.flatnonzero(store.revisions()), []
+    lacking = np.setdiff1d(alive[alive < now.stop], rows.revs)
+    if len(lacking):
+        return [f"{folder} lacks {len(lacking):,} documents of the datastore (revision {lacking[0]} first); {again}"], []
+    if behind := int((alive >= now.stop).sum()):
+        notes.append(f"{folder} does not hold the {behind:,} newest documents yet: {manifest.tokens_command(folder)} (or the next "
+                     "--how knn) reads them")
+    gone = np.setdiff1d(rows.revs, np.fromiter((rev for rev, _ in store.states()), np.int64))
+    if len(gone):
+        notes.append(f"{folder} holds the tokens of {len(gone):,} documents that are gone: ralm compact {store.path} drops "
+                     "them")
+    return [], notes
 
 
 def _rows(store, folder: Path, now: manifest.Manifest, ids: np.ndarray) -> tuple[list[str], list[str]]:

@@ -145,17 +145,39 @@ def sizes(folder: Path, part: Part) -> None:
 def remedy(folder: Path) -> str:
     """What to do about a damaged artifact: the one command that makes it anew from the documents."""
     store = folder.parent.parent
+    if folder.parent.name == "tokens":
+        return f"the documents are not touched, make it again: {tokens_command(folder)}{_unusual(folder)} --rebuild"
     return f"the documents are not touched, build it again: ralm index {store} --index {_spec(folder)} --rebuild"
+
+
+def tokens_command(folder: Path, lm: str = "") -> str:
+    """The command that makes or extends a token store; lm: where its manifest does not say."""
+    name = "" if folder.name == "default" else f" --name {folder.name}"
+    return f"ralm tokens {folder.parent.parent} --lm {_settings(folder).get('lm') or lm or '…'}{name}"
+
+
+def _unusual(folder: Path) -> str:
+    """The options of ralm tokens that make this token store as it was, where its manifest can still be read."""
+    settings = _settings(folder)
+    usual = {"key": "ffn_in", "project": "none", "dtype": "float16", "metric": "l2", "index": "auto"}
+    size = settings.get("window")
+    usual |= {"window": size, "stride": None if size is None else max(1, size // 2)}
+    return "".join(f" --{k} {settings[k]}" for k, v in usual.items() if settings.get(k, v) != v)
+
+
+def _settings(folder: Path) -> Mapping[str, Any]:
+    """What a manifest says of its settings, damaged or not; nothing where it cannot be read."""
+    try:
+        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["settings"]
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _spec(folder: Path) -> str:
     """The spec that builds this artifact; with its encoder, where its manifest can still be read."""
     name, options = folder.name.partition("-")[::2]
-    try:
-        settings = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["settings"]
-        encoder = str(settings["encoder"]) if name == "dense" else ""
-    except (OSError, ValueError, KeyError, TypeError):
-        encoder = ""
+    encoder = str(_settings(folder).get("encoder", "")) if name == "dense" else ""
     parts = [p for p in (encoder, f"name={options}" if options else "") if p]
     return f"{name}:{','.join(parts)}" if parts else name
 

@@ -37,6 +37,7 @@ CHUNK = 1 << 26  # numbers of keys held at once
 SECONDS, ROWS = 60.0, 2_000_000  # a part is committed after so long or so many rows: what a kill can cost
 LARGEST = 8_000_000  # rows; parts above it are not merged any further
 SAMPLE = 20_000  # tokens a projection is fitted on
+SAMPLED = 1.5  # seconds of forward passes an estimate is made from, at least
 DTYPES = {"float16": np.float16, "int8": np.int8}
 
 
@@ -52,8 +53,25 @@ class Wish:
     metric: str | None = None  # l2 | ip
     index: str | None = None  # auto | exact | ivf | ivfpq
 
+    def __post_init__(self):
+        """UsageError for what no model could do, so that it is told before one is loaded."""
+        from ralm.index.inverted import kind_of
+        from ralm.lm.keys import check_key
+
+        checks = {"key": check_key, "index": lambda x: kind_of(x, 0), "project": lambda x: _projected(x, 1 << 20),
+                  "dtype": lambda x: _known("dtype", x, DTYPES), "metric": lambda x: _known("metric", x, METRICS),
+                  "window": lambda x: whole(2, window=x), "stride": lambda x: whole(1, stride=x)}
+        for name, check in checks.items():
+            if getattr(self, name) is not None:
+                check(getattr(self, name))
+
     def asked(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if v is not None and k != "index"}
+
+
+def _known(what: str, value: Any, known: Any) -> None:
+    if value not in known:
+        raise unknown(what, str(value), known)
 
 
 FIRST = {"key": "ffn_in", "project": "none", "dtype": "float16", "metric": "l2"}
@@ -134,26 +152,7 @@ def _index_due(now: manifest.Manifest, wish: Wish) -> bool:
 
 def _begin(store, folder: Path, lm, wish: Wish) -> manifest.Manifest:
     """Settings, and the projection where keys are projected or quantised."""
-    from ralm.lm.keys import fingerprint
-
-    if "hidden" not in getattr(lm, "gives", ()):
-        raise CapabilityError(f"a token store needs hidden states from the model, '{lm.name}' gives {', '.join(sorted(lm.gives))} "
-                              "only; use a local model (bundled:base, hf:NAME)")
-    settings = FIRST | wish.asked()
-    width = lm.key_width(settings["key"])
-    size = settings["window"] = settings.get("window", lm.window)
-    whole(2, window=size)
-    stride = settings["stride"] = settings.get("stride", max(1, size // 2))
-    whole(1, stride=stride)
-    if size > lm.window or stride > size:
-        raise UsageError(f"window {size} and stride {stride} do not fit '{lm.name}', which sees {lm.window} tokens; the stride is "
-                         "at most the window")
-    dim = _projected(settings["project"], width)
-    for name, known in (("dtype", DTYPES), ("metric", METRICS)):
-        if settings[name] not in known:
-            raise unknown(name, str(settings[name]), known)
-    settings |= {"lm": lm.name, "fingerprint": fingerprint(lm), "width": width, "dim": dim, "vocab": int(lm.vocab),
-                 "index": wish.index or "auto"}
+    settings = settled(lm, wish)
     parts = ()
     if settings["project"] != "none" or settings["dtype"] == "int8":
         path = manifest.new_part(folder)
@@ -162,6 +161,25 @@ def _begin(store, folder: Path, lm, wish: Wish) -> manifest.Manifest:
     now = manifest.Manifest(KIND, settings, store.id, store.split, parts)
     manifest.commit(folder, now)
     return now
+
+
+def settled(lm, wish: Wish) -> dict[str, Any]:
+    """The settings of a new token store. Raises CapabilityError for a model without states, UsageError for what does not fit it."""
+    from ralm.lm.keys import fingerprint
+
+    if "hidden" not in getattr(lm, "gives", ()):
+        raise CapabilityError(f"a token store needs hidden states from the model, '{lm.name}' gives {', '.join(sorted(lm.gives))} "
+                              "only; use a local model (bundled:base, hf:NAME)")
+    settings = FIRST | wish.asked()
+    width = lm.key_width(settings["key"])
+    size = settings["window"] = settings.get("window", lm.window)
+    stride = settings["stride"] = settings.get("stride", max(1, size // 2))
+    if size > lm.window or stride > size:
+        raise UsageError(f"window {size} and stride {stride} do not fit '{lm.name}', which sees {lm.window} tokens; the stride is "
+                         "at most the window")
+    dim = _projected(settings["project"], width)
+    return settings | {"lm": lm.name, "fingerprint": fingerprint(lm), "width": width, "dim": dim, "vocab": int(lm.vocab),
+                       "index": wish.index or "auto"}
 
 
 def _projected(spec: str, width: int) -> int:
@@ -281,25 +299,29 @@ def _states(lm, held: Sequence[tuple[Sequence[int], int, int, int]], settings: d
 
 
 def estimate(store, lm, name: str, wish: Wish) -> dict[str, float]:
-    """What making (or extending) the token store would take, from a sample that is run: {"rows", "bytes", "seconds", "memory"}."""
-    found = manifest.load(folder_of(store, name))
-    settings = FIRST | wish.asked() if found is None else dict(found.settings)
-    size = settings.setdefault("window", lm.window)
-    settings.setdefault("stride", max(1, size // 2))
-    settings["width"] = lm.key_width(settings["key"])
-    dim = _projected(settings["project"], settings["width"])
+    """What making (or extending) the token store would take, from a sample that is run: {"rows", "bytes", "seconds", "memory"}.
+
+    Raises what making it would raise for settings that do not fit."""
+    folder = folder_of(store, name)
+    if (found := manifest.load(folder)) is not None:
+        check(folder, found, store, lm, wish)
+    settings = settled(lm, wish) if found is None else dict(found.settings)
     characters, sample = 0, []
     for _, source in store.states(found.stop if found else 0):
         characters += len(source.text)
-        if sum(len(s) for s in sample) < 40_000:
+        if sum(len(s) for s in sample) < 160_000:
             sample.append(source.text[:20_000])
     tokens = [lm.tokenizer.encode(s) for s in sample]
     rate = sum(map(len, tokens)) / max(1, sum(map(len, sample)))
-    some = [t[:4 * BATCH_TOKENS["cpu"]] for t in tokens][:64]
-    began = time.perf_counter()
-    done = sum(len(v) for _, v in states(lm, some, settings)) if some else 0
+    done, began, bundle = 0, time.perf_counter(), []
+    for n, ids in enumerate(tokens, 1):  # as many at once as a run takes, for a few seconds
+        bundle.append(ids[:4 * BATCH_TOKENS["cpu"]])
+        if sum(map(len, bundle)) >= 4 * BATCH_TOKENS["cpu"] or n == len(tokens):
+            done, bundle = done + sum(len(v) for _, v in states(lm, bundle, settings)), []
+            if time.perf_counter() - began > SAMPLED:
+                break
     seconds = (time.perf_counter() - began) / max(1, done)
-    each = dim * DTYPES[settings["dtype"]]().itemsize + 4 + value_type(lm.vocab)().itemsize
+    each = settings["dim"] * DTYPES[settings["dtype"]]().itemsize + 4 + value_type(lm.vocab)().itemsize
     rows = round(characters * rate)
     return {"rows": rows, "bytes": rows * each, "seconds": rows * seconds,
             "memory": min(rows, ROWS) * each + 4 * CHUNK + 4 * BATCH_TOKENS["cpu"] * settings["width"] * 8}
@@ -437,7 +459,16 @@ def mapped(folder: Path, part: manifest.Part, settings: dict[str, Any]) -> tuple
 
 
 def damaged(folder: Path, what: str) -> StoreError:
-    return StoreError(f"{folder} is damaged: {what}; the documents are not touched: delete the folder, make it again (ralm tokens)")
+    return StoreError(f"{folder} is damaged: {what}; {manifest.remedy(folder)}")
+
+
+def prefer(store, name: str, index: str) -> None:
+    """Let a token store be searched by this index from now on (auto, exact, ivf, ivfpq). One that is not there is not made."""
+    folder = folder_of(store, name)
+    with store.lock():
+        now = manifest.load(folder)
+        if now is not None and now.settings["index"] != index:
+            manifest.commit(folder, replace(now, settings=dict(now.settings) | {"index": index}))
 
 
 def compact(store, name: str) -> None:
