@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,12 +21,13 @@ import numpy as np
 
 from ralm.errors import CapabilityError, RalmError, UsageError
 from ralm.how.output import asking, innermost
-from ralm.types import Answer, Done, Event, Evidence, Fusion, Hits, Retrieved, Retriever, Schedule, Scored, Segment
+from ralm.types import Answer, Done, Event, Evidence, Fusion, Hits, Retriever, Schedule, Scored, Segment
 from ralm.when import EveryN, Never, Once, pieces, plan, schedule, window_of, windows
 
 if TYPE_CHECKING:
     import torch
 
+    from ralm.beam import Hypothesis
     from ralm.index.suffix import SuffixIndex
     from ralm.provenance import Provenance
     from ralm.what.token_store import Neighbours, TokenStore
@@ -92,6 +93,8 @@ class RALM:
         if self.tokens.lm is None:
             raise UsageError("the token store was opened without a model, so nobody checked that it was made by this one; open it "
                              "with TokenStore(store, lm)")
+        if bound := getattr(self.how, "bound", None):
+            self.how = bound(self.tokens)
 
     @property
     def store(self):
@@ -140,12 +143,12 @@ class RALM:
             parts = [logp_SV for _, logp_SV in run.distributions(stepwise)]
         return torch.cat(parts) if parts else torch.empty(0, self.lm.vocab)
 
-    def _run(self, text, prompt, window, stride, exclude, query) -> _Run:
+    def _run(self, text, prompt, window, stride, exclude, query, **given) -> _Run:
         if "logits" not in self.lm.gives:
             self._refuse("scoring", frozenset({"logits"}))
-        given = self._encode(prompt)
-        return _Run(self, given + self._encode(text), len(given), window, stride, _names(exclude),
-                    query or (prompt if isinstance(prompt, str) else None))
+        before = self._encode(prompt)
+        return _Run(self, before + self._encode(text), len(before), window, stride, _names(exclude),
+                    query or (prompt if isinstance(prompt, str) else None), **given)
 
     def _encode(self, text: str | Sequence[int]) -> list[int]:
         return self.lm.tokenizer.encode(text) if isinstance(text, str) else [int(i) for i in text]
@@ -154,70 +157,50 @@ class RALM:
 
     def stream(self, prompt: str, *, max_tokens: int = 64, temperature: float = 0.0, top_k: int | None = None,
                top_p: float | None = None, seed: int = 0, stop: Sequence[str] = (), window: int | None = None,
-               stride: int | None = None, exclude: Sequence[str] = (), query: str | None = None) -> Iterator[Event]:
+               stride: int | None = None, exclude: Sequence[str] = (), query: str | None = None,
+               speculate: int | str = 0) -> Iterator[Event]:
         """Draw a continuation of `prompt`: Retrieved, Token, ... and one Done. temperature 0 is greedy.
 
         Token.logp is ln p under the whole system (not the sharpened sampling distribution). query: what to search for where
         the prompt ends (default: the prompt; given, it is asked even without a prompt). stop: texts that end the stream, not
-        part of it.
+        part of it. speculate: take so many steps on guesses and check them by one search (auto: as many as pay; speculate.py);
+        tokens come in groups then, and are the same.
         Raises UsageError and CapabilityError at once, before the first event is asked for."""
-        from ralm.lm.sample import check
+        from ralm.generate import stream
 
-        if max_tokens < 1:
-            raise UsageError(f"max_tokens={max_tokens} asks for no token; use at least 1")
-        check(temperature, top_k, top_p)
-        stops = [s for s in ((stop,) if isinstance(stop, str) else stop) if s]
-        if "logits" in self.lm.gives:
-            from ralm.how.rows import PrefixCache
+        return stream(self, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop,
+                      window=window, stride=stride, exclude=_names(exclude), query=query, speculate=speculate)
 
-            given = self._encode(prompt)
-            run = _Run(replace(self, lm=PrefixCache(self.lm)), list(given), len(given), window, stride, _names(exclude),
-                       query or prompt)
-            return self._stream(run, max_tokens, dict(temperature=temperature, top_k=top_k, top_p=top_p), seed, stops)
-        if "text" not in self.lm.gives:
-            self._refuse("streaming", frozenset({"text"}))
-        from ralm.how.cite import stream_remote
+    def stream_many(self, prompts: Sequence[str], *, max_tokens: int = 64, temperature: float = 0.0, top_k: int | None = None,
+                    top_p: float | None = None, seed: int = 0, stop: Sequence[str] = (), window: int | None = None,
+                    stride: int | None = None, exclude: Sequence[str] = ()) -> Iterator[tuple[int, Event]]:
+        """Draw a continuation of each prompt, all at once: (which prompt, event), each prompt's events as `stream` gives them.
 
-        if (top_k, top_p, window, stride) != (None, None, None, None):
-            raise CapabilityError(f"'{self.lm.name}' is a server: top_k, top_p, window and stride are its own; leave them out")
-        return stream_remote(self, prompt, max_tokens=max_tokens, temperature=temperature, stop=stops,
-                             exclude=_names(exclude), query=query)
+        Every step is one forward of the model and one search for all texts that still go on. Prompt i is drawn with seed + i.
+        Raises UsageError and CapabilityError at once, before the first event is asked for."""
+        from ralm.generate import stream_many
 
-    def _stream(self, run: _Run, max_tokens: int, sampling: dict[str, Any], seed: int, stops: Sequence[str]) -> Iterator[Event]:
-        import torch
+        return stream_many(self, prompts, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+                           stop=stop, window=window, stride=stride, exclude=_names(exclude))
 
-        from ralm.lm.pieces import Pieces
-        from ralm.lm.sample import sample
+    def beam(self, prompt: str, *, beams: int = 4, max_tokens: int = 64, length_penalty: float = 1.0, window: int | None = None,
+             stride: int | None = None, exclude: Sequence[str] = (), query: str | None = None) -> list[Hypothesis]:
+        """The `beams` most probable continuations that beam search finds, best first: by ln p / tokens ^ length_penalty.
 
-        began, told, reason = time.perf_counter(), 0, "length"
-        generator = torch.Generator().manual_seed(seed)
-        pieces = Pieces(self.lm.tokenizer, stops)
-        for _ in range(max_tokens):
-            with torch.inference_mode():
-                logp_V = run.step(len(run.ids))
-                token = int(sample(logp_V[None], generator=generator, **sampling)[0])
-            for evidence in run.evidence[told:]:
-                yield self._retrieved(evidence)
-            told = len(run.evidence)
-            if token == self.lm.eos:
-                reason = "eos"
-                break
-            run.ids.append(token)
-            yield from pieces.add(token, float(logp_V[token]))
-            if pieces.stopped:
-                reason = "stop"
-                break
-        yield from pieces.rest()
-        yield Done(pieces.shown, len(pieces.ids), reason, run.evidence, time.perf_counter() - began)
+        The p is that of the whole system. A beam ends with the end token or after max_tokens."""
+        from ralm.beam import beam
 
-    def _retrieved(self, e: Evidence) -> Retrieved:
-        from ralm.how.cite import passages
-
-        return Retrieved(e.at, e.query, passages(self.store, e.ids, e.scores), e.seconds)
+        return beam(self, prompt, beams=beams, max_tokens=max_tokens, length_penalty=length_penalty, window=window, stride=stride,
+                    exclude=_names(exclude), query=query)
 
     def generate(self, prompt: str, **sampling) -> str:
         """The text of `stream` in one piece."""
         return next(e for e in self.stream(prompt, **sampling) if isinstance(e, Done)).text
+
+    def generate_many(self, prompts: Sequence[str], **sampling) -> list[str]:
+        """The texts of `stream_many`, one for each prompt."""
+        done = {i: e.text for i, e in self.stream_many(prompts, **sampling) if isinstance(e, Done)}
+        return [done[i] for i in range(len(prompts))]
 
     # ---- answers and provenance ---------------------------------------------------------------------------------------
 
@@ -249,9 +232,12 @@ class RALM:
 
     def search(self, query: str, k: int, exclude: Sequence[str] = ()) -> tuple[Hits, float]:
         """One query through the retriever with this RALM's filter: hits without padding, and seconds."""
+        (hits,), seconds = self._timed([query], k, _names(exclude))
+        return hits, seconds
+
+    def _timed(self, queries: Sequence[str], k: int, exclude: tuple[str, ...]) -> tuple[list[Hits], float]:
         began = time.perf_counter()
-        (hits,) = self._search([query], k, _names(exclude))
-        return hits, time.perf_counter() - began
+        return self._search(queries, k, exclude), time.perf_counter() - began
 
     def _search(self, queries: Sequence[str], k: int, exclude: tuple[str, ...]) -> list[Hits]:
         """Hits of each query without padding; a blank query asks for nothing and finds nothing."""
@@ -283,12 +269,17 @@ class _Run:
     due: list[int] = field(default_factory=list)  # positions at which the segments now computed may retrieve
     force: list[int] = field(default_factory=list)  # per token: position of the evidence in force, -1 where none
     range: range = range(0)  # tokens whose distributions are computed now
-    searched: int = 0  # tokens whose neighbours were looked for
-    searching: float = 0.0  # seconds of that
+    searched: list[tuple[int, float]] = field(default_factory=list)  # token searches: how many at once, seconds
     near: list[tuple[int, Neighbours, int]] | None = None  # (token, neighbours, row of them), where they are to be kept
+    lm: Any = None  # who speaks: the model, or the model with a memory (default: the RALM's)
+    ask: Callable[[Sequence[str], int], tuple[list[Hits], float]] | None = None  # passages of queries, seconds (default: search)
+    find: Callable[[np.ndarray, int], Neighbours] | None = None  # tokens near states (default: the token store's search)
 
     def __post_init__(self):
-        how, lm = self.ralm.how, self.ralm.lm
+        r, how = self.ralm, self.ralm.how
+        lm = self.lm = r.lm if self.lm is None else self.lm
+        self.ask = self.ask or (lambda texts, k: r._timed(texts, k, self.exclude))
+        self.find = self.find or (lambda q_ND, k: r.tokens.search(q_ND, k, where=r.where, exclude=self.exclude))
         limit = lm.window if self.window is None else self.window
         if not 2 <= limit <= lm.window:
             raise UsageError(f"window {limit} does not fit '{lm.name}', which sees 2 to {lm.window} tokens")
@@ -317,6 +308,23 @@ class _Run:
             return False
         return r.tokens.any(r.where, self.exclude)
 
+    def mark(self) -> tuple:
+        """A point to come back to while tokens are appended and steps taken."""
+        return tuple(map(len, (self.ids, self.force, self.evidence, self.searched))), len(self.fetched), self.at, self.context
+
+    def restore(self, mark: tuple) -> None:
+        """Be as at `mark`."""
+        sizes, fetched, self.at, self.context = mark
+        for made, n in zip((self.ids, self.force, self.evidence, self.searched), sizes):
+            del made[n:]
+        while len(self.fetched) > fetched:
+            self.fetched.popitem()
+
+    def fork(self) -> _Run:
+        """The same run, to go on by itself."""
+        return replace(self, ids=list(self.ids), evidence=list(self.evidence), fetched=dict(self.fetched), force=list(self.force),
+                       searched=list(self.searched), lm=None, ask=None, find=None)
+
     def distributions(self, stepwise: bool = False, targets: bool = False) -> Iterator[tuple[int, torch.Tensor]]:
         """(position, logp_SV) for runs of tokens, in order: whole windows where the schedule is known in advance, token by
         token on cached prefixes where it depends on the distribution (or where that is asked for). targets: logp_S of the tokens
@@ -324,7 +332,7 @@ class _Run:
         if self.ralm.when.adaptive or stepwise:
             from ralm.how.rows import PrefixCache
 
-            run = replace(self, ralm=replace(self.ralm, lm=PrefixCache(self.ralm.lm)))  # shares the lists of this run
+            run = replace(self, lm=PrefixCache(self.lm))  # shares the lists of this run
             for t in range(self.prompt, len(self.ids)):
                 logp_V = run.step(t)
                 yield t, logp_V[self.ids[t]][None] if targets else logp_V[None]
@@ -346,7 +354,7 @@ class _Run:
 
         contexts = max(1, getattr(innermost(self.ralm.how), "k", 1))
         cut = pieces(segments, max(1, BATCH_LOGITS // (self.ralm.lm.vocab * contexts)))
-        run = self if len(cut) == 1 else replace(self, ralm=replace(self.ralm, lm=PrefixCache(self.ralm.lm)))  # shares its lists
+        run = self if len(cut) == 1 else replace(self, lm=PrefixCache(self.lm))  # shares its lists
         for piece in cut:
             for s, logp in run._logprobs(context, context + piece[-1].stop, piece, targets):
                 self.force += [-1 if s.at is None else context + s.at] * (s.stop - s.start)
@@ -386,20 +394,24 @@ class _Run:
 
             read = getattr(how, "targets", None) or partial(of_targets, how)
         ids_BT = torch.tensor([self.ids[context:stop]], dtype=torch.long)
-        return read(self.ralm.lm, ids_BT, segments, _Fetch(self, context), self.ralm.store)
+        return read(self.lm, ids_BT, segments, _Fetch(self, context), self.ralm.store)
 
     def _neighbours(self, q_ND: np.ndarray, k: int, at: Sequence[int]) -> Neighbours:
-        """The k tokens nearest to each state; `at`: the tokens these predict, which must be among those computed now."""
+        """The k tokens nearest to each state; `at`: the tokens these predict, which must be among those computed now (or before
+        them, for what remembers how it came there)."""
         r = self.ralm
-        if wrong := [t for t in at if t not in self.range]:
+        if wrong := [t for t in at if t >= self.range.stop]:
             raise RalmError(f"{type(r.how).__name__} asks for neighbours at token {wrong[0]}, tokens {self.range.start} to "
                             f"{self.range.stop - 1} are computed; a fusion must fetch for the segments it is given")
         began = time.perf_counter()
-        found = r.tokens.search(q_ND, k, where=r.where, exclude=self.exclude)
-        self.searched, self.searching = self.searched + len(at), self.searching + time.perf_counter() - began
+        found = self.find(q_ND, k)
+        self.searched.append((len(at), time.perf_counter() - began))
+        return found
+
+    def _used(self, found: Neighbours, at: Sequence[int]) -> None:
+        """What the tokens `at` were mixed with, kept where it is to be shown."""
         if self.near is not None:
             self.near += [(t, found, i) for i, t in enumerate(at)]
-        return found
 
     def _fetch(self, queries: Sequence[str] | None, k: int, at: int) -> Hits:
         """Search once per position (all that are due together in one search). The query ends before `at`, so nothing that is
@@ -413,14 +425,12 @@ class _Run:
         if (at, k) not in self.fetched:
             new = [at] if queries is not None else [a for a in self.due if (a, k) not in self.fetched]
             texts = list(queries) if queries is not None else [self._query(a) for a in new]
-            began = time.perf_counter()
-            found = self.ralm._search(texts, k, self.exclude)
-            seconds = (time.perf_counter() - began) / len(new)
+            found, seconds = self.ask(texts, k)
             prior = getattr(innermost(self.ralm.how), "log_prior", None)
             for a, query, hits in zip(new, texts, found):
                 self.fetched[a, k] = hits
                 weights = prior(hits.scores[0])[0].exp().numpy() if prior and hits.ids.size else None
-                self.evidence.append(Evidence(a, query, hits.ids[0], hits.scores[0], seconds, weights))
+                self.evidence.append(Evidence(a, query, hits.ids[0], hits.scores[0], seconds / len(new), weights))
         return self.fetched[at, k]
 
     def _query(self, at: int) -> str:
@@ -434,7 +444,8 @@ class _Run:
         read = sorted({int(i) for e in self.evidence for i in e.ids})
         passages = innermost(r.how)
         cut = passages.cut(r.lm, r.store, read) if read and hasattr(passages, "cut") else 0
-        of_tokens = {"tokens": repr(r.tokens), "recall": r.tokens.recall} if asking(r.how, "tokens") else {}
+        of_tokens = {"tokens": repr(r.tokens), "recall": r.tokens.recall, "tokens_searched": sum(n for n, _ in self.searched),
+                     "token_seconds": sum(s for _, s in self.searched)} if asking(r.how, "tokens") else {}
         if asking(r.how, "suffix"):
             of_tokens["suffix"] = repr(r.suffix)
         return {"lm": r.lm.name, "tokenizer": f"{r.lm.name}, {r.lm.vocab} tokens", "window": self.size + self.reserve,
@@ -459,10 +470,15 @@ class _Fetch:
 
 
 class _FetchTokens:
-    """(states [N, D], k, positions [N]) -> Neighbours; `key` is the state to ask with, positions count from the window's begin."""
+    """(states [N, D], k, positions [N]) -> Neighbours; `key` is the state to ask with, positions count from the window's begin.
+
+    What comes of it is told back with `used`, so that it can be shown. `tokens`: the store itself, for rows that are known."""
 
     def __init__(self, run: _Run, context: int):
-        self.run, self.context, self.key = run, context, run.ralm.tokens.key
+        self.run, self.context, self.tokens, self.key = run, context, run.ralm.tokens, run.ralm.tokens.key
 
     def __call__(self, q_ND: np.ndarray, k: int, at: Sequence[int]) -> Neighbours:
         return self.run._neighbours(q_ND, k, [self.context + t for t in at])
+
+    def used(self, found: Neighbours, at: Sequence[int]) -> None:
+        self.run._used(found, [self.context + t for t in at])

@@ -205,7 +205,7 @@ Event = Retrieved | Token | Cited | Done
 class LMOut(NamedTuple):
     logits: torch.Tensor  # float [B, T', V]; T' = T, or the kept positions
     hidden: torch.Tensor | None  # final normed hidden state [B, T', D], None where the model does not give it
-    past: Any  # opaque; pass to the next forward. Has .crop(n) and .reorder(index_B)
+    past: Any  # opaque; pass to the next forward. Has .length (places), .crop(n) and .reorder(index_B)
     key: torch.Tensor | None = None  # the state asked for by `key` [B, T', D]
 
 

@@ -159,16 +159,36 @@ class _Seen:
             return None
         return grown.pop() if all(new[:len(old)] == old for new, old in zip(rows, self.rows)) else None
 
+    def moves(self, rows: list[list[int]], starts: Sequence[int]) -> tuple[int, list[int]] | None:
+        """As `growth`, whichever of these each row extends: by how much, and which. Rows may be left out and may come twice."""
+        where = {tuple(old): i for i, old in enumerate(self.rows)}
+        for grown in sorted({len(rows[0]) - len(old) for old in self.rows}):
+            if grown >= 0:
+                index = [where.get(tuple(new[:len(new) - grown])) for new in rows]
+                if None not in index and all(len(self.rows[i]) - len(self.tail[i][0]) + 1 <= s for i, s in zip(index, starts)):
+                    return grown, index
+        return None
+
+    def move(self, index: Sequence[int]) -> None:
+        """Row b becomes what row index[b] was."""
+        index_B = torch.tensor(index)
+        self.past = self.past.reorder(index_B)
+        self.mask = None if self.mask is None else self.mask[index_B]
+        self.rows, self.tail = [self.rows[i] for i in index], [self.tail[i] for i in index]
+
 
 class PrefixCache:
     """A language model with a memory of the rows it last saw. Exact: rows that extend nothing remembered are run anew.
 
     Used by the engine while streaming, so that a token costs one step of the model instead of a forward over its whole
     prefix. Several prefixes are remembered (at most four windows of tokens), so evidence that comes back costs only the
-    text written since."""
+    text written since.
 
-    def __init__(self, lm: LanguageModel):
-        self.lm = lm
+    moving: rows may also change places, end, and split in two (batches of texts, beams); rows that fit nothing remembered are then
+    read again together with the others, so that they stay one batch."""
+
+    def __init__(self, lm: LanguageModel, moving: bool = False):
+        self.lm, self.moving = lm, moving
         self.name, self.tokenizer, self.window, self.vocab = lm.name, lm.tokenizer, lm.window, lm.vocab
         self.bos, self.eos, self.gives = lm.bos, lm.eos, lm.gives
         self.seen: list[_Seen] = []  # latest first
@@ -189,6 +209,8 @@ class PrefixCache:
         rows = [list(r) for r in rows]
         found = ((s, n) for s in self.seen if key in (None, s.key) and (n := s.growth(rows, starts)) is not None)
         seen, grown = min(found, key=lambda pair: pair[1], default=(None, 0))
+        if seen is None and self.moving:
+            seen, grown = self._moved(rows, starts, key)
         if seen is None:
             tail, out, mask = _forward(self.lm, rows, starts, key)
             seen = _Seen(rows, out.past, mask, tail, key)
@@ -201,6 +223,27 @@ class PrefixCache:
         seen.tail = [tuple(x if x is None else x[len(x) - _wanted(r, s):] for x in t) for t, r, s in zip(seen.tail, rows, starts)]
         self._remember(seen)
         return seen.tail
+
+    def _moved(self, rows: list[list[int]], starts: Sequence[int], key: str | None) -> tuple[_Seen | None, int]:
+        """What is remembered of rows in other places, put in their order, and by how much they grew."""
+        for seen in self.seen:
+            if key in (None, seen.key) and (fits := seen.moves(rows, starts)) is not None:
+                seen.move(fits[1])
+                return seen, fits[0]
+        return None, 0
+
+    def mark(self) -> list[tuple[Any, ...]]:
+        """A point to come back to with `restore`; it costs no copy but of a past that cannot be cropped (a running state)."""
+        return [(s, s.rows, s.mask, s.tail, s.past.length, None if getattr(s.past, "croppable", True) else s.past)
+                for s in self.seen]
+
+    def restore(self, mark: list[tuple[Any, ...]]) -> None:
+        """Remember what was remembered at `mark`, bit for bit. Marks made since are void. Not with `moving`."""
+        self.seen = []
+        for seen, rows, mask, tail, length, past in mark:
+            seen.rows, seen.mask, seen.tail = rows, mask, tail
+            seen.past = seen.past.crop(length) if past is None else past
+            self.seen.append(seen)
 
     def _extend(self, seen: _Seen, rows: list[list[int]], grown: int, wanted: int) -> None:
         new_BT = torch.tensor([r[-grown:] for r in rows])

@@ -269,16 +269,20 @@ class Past:
         cache.layers = [copy.copy(x) if type(x) is DynamicLayer else copy.deepcopy(x) for x in self.cache.layers]
         return cache
 
-    def crop(self, n: int) -> Past:
-        """Keep the first n places; returns itself. Raises CapabilityError where the state of earlier tokens is gone."""
+    @property
+    def croppable(self) -> bool:
+        """Whether it holds a state per token, not one of all."""
         from transformers.cache_utils import DynamicLayer
 
+        return all(type(x) is DynamicLayer or type(x).__name__ == "DummyLayer" for x in self.cache.layers)
+
+    def crop(self, n: int) -> Past:
+        """Keep the first n places; returns itself. Raises CapabilityError where the state of earlier tokens is gone."""
         if not 0 <= n <= self.length:
             raise UsageError(f"cannot crop a past of {self.length} tokens to {n}; use 0 to {self.length}")
         if n == self.length:
             return self
-        if not all((type(x) is DynamicLayer) or type(x).__name__ == "DummyLayer"
-                   for x in self.cache.layers):
+        if not self.croppable:
             raise CapabilityError(f"'{self.name}' keeps a running state, not one per token: its past cannot be cropped "
                                   f"from {self.length} to {n}; run the first {n} tokens again")
         self.cache.crop(n - self.length)

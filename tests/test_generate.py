@@ -1,0 +1,184 @@
+"""Drawing texts: what is streamed is what is scored; batches, beams and speculation change how fast, never what."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from ralm.errors import CapabilityError, UsageError  # noqa: E402
+from ralm.how.rows import PrefixCache  # noqa: E402
+from ralm.lm.hf import HF  # noqa: E402
+from ralm.model import RALM  # noqa: E402
+from ralm.testing import distance  # noqa: E402
+from ralm.types import Done, Retrieved, Token  # noqa: E402
+from ralm.what.token_store import TokenStore  # noqa: E402
+
+KNN = "knn:k=9,lam=0.5,temperature=5"
+READS = "prepend:k=1,query=8,tokens=20"
+FUSIONS = ("none", KNN, f"{READS}+{KNN}", READS, "ensemble:k=2,query=8,tokens=20")
+KINDS = ("gpt2", "llama", "qwen3", "gemma2", "gpt_neox", "opt")
+PROMPTS = ["The lighthouse of", "Snow on the granite reef, and", "", "Who saw the tower? Maria Holt, in the winter of 1873,"]
+
+
+@pytest.fixture(scope="module")
+def made(tiny, store, bm25):
+    """A system by the kind of its model: (kind, how, when) -> RALM."""
+    lms, stores = {}, {}
+
+    def make(kind, how, when="every:4", index="exact"):
+        if kind not in lms:
+            lms[kind] = HF(tiny.make(kind), tiny.tokenizer(), window=64)
+            key = "ffn_in" if kind not in ("bloom", "lfm2") else "hidden"
+            stores[kind] = TokenStore.build(store, lms[kind], f"generate-{kind}", key=key, index=index)
+        reads, knn = "prepend" in how or "ensemble" in how, "knn" in how
+        return RALM(lms[kind], bm25 if reads else None, how=how, when=when if reads else "once", tokens=stores[kind] if knn else None)
+
+    return make
+
+
+def drawn(events):
+    """What a stream said: (token, ln p) pairs, retrievals, the end."""
+    events = list(events)
+    return ([(e.id, e.logp) for e in events if isinstance(e, Token)], [(e.at, e.query) for e in events if isinstance(e, Retrieved)],
+            events[-1].text, events[-1].reason)
+
+
+# ---- streams ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "bloom", "lfm2"])
+@pytest.mark.parametrize("how", [KNN, f"{READS}+{KNN}"])
+def test_what_is_streamed_is_what_is_scored(made, kind, how):
+    """Law 3 for kNN-LM, over the end of a window: greedy tokens are the argmax of the scored distributions, with their ln p."""
+    ralm, prompt = made(kind, how), PROMPTS[1]
+    tokens, *_ = drawn(ralm.stream(prompt, max_tokens=40))
+    ids = [i for i, _ in tokens]
+    logp_SV = ralm.distributions(ids, prompt=prompt)
+    score = ralm.score(ids, prompt=prompt)
+    assert np.allclose([p for _, p in tokens], score.logp, atol=2e-3)
+    top = logp_SV.max(-1).values
+    assert all(float(top[t] - logp_SV[t, i]) < 1e-3 for t, i in enumerate(ids)) and len(set(ids)) > 3
+
+
+def test_sampling_from_neighbours_is_reproducible(made):
+    ralm = made("llama", KNN)
+    one, two, three = (drawn(ralm.stream(PROMPTS[0], max_tokens=12, temperature=1.0, top_p=0.9, seed=s)) for s in (1, 1, 2))
+    assert one == two != three
+
+
+# ---- several at once --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "bloom", "lfm2"])
+@pytest.mark.parametrize("how", FUSIONS)
+def test_texts_drawn_together_are_those_drawn_alone(made, kind, how):
+    ralm = made(kind, how)
+    for settings in (dict(max_tokens=36), dict(max_tokens=12, temperature=0.9, top_k=30, seed=7)):
+        events = list(ralm.stream_many(PROMPTS, **settings))
+        for i, prompt in enumerate(PROMPTS):
+            ours = drawn(e for j, e in events if j == i)
+            alone = drawn(ralm.stream(prompt, **(settings | dict(seed=settings.get("seed", 0) + i))))
+            assert [t for t, _ in ours[0]] == [t for t, _ in alone[0]] and ours[1:] == alone[1:]
+            assert np.allclose([p for _, p in ours[0]], [p for _, p in alone[0]], atol=2e-3)
+
+
+def test_a_step_of_all_is_one_forward_and_one_search(made, monkeypatch):
+    """Rows end at different times; those that go on stay one batch."""
+    import copy
+
+    ralm = made("llama", KNN)
+    ends = copy.copy(ralm.lm)
+    texts = [[e.id for e in ralm.stream(p, max_tokens=20) if isinstance(e, Token)] for p in PROMPTS]
+    ends.eos = next(t for t in texts[0][3:] if 0 < sum(t in x[3:] for x in texts) < 4)  # some end, some do not
+    ralm = RALM(ends, how=KNN, tokens=ralm.tokens)
+    forwards, searches = [], []
+    forward, search = ends.forward, ralm.tokens.search
+    monkeypatch.setattr(ends, "forward", lambda ids, **k: (forwards.append(tuple(ids.shape)), forward(ids, **k))[1])
+    monkeypatch.setattr(ralm.tokens, "search", lambda q, *a, **k: (searches.append(len(q)), search(q, *a, **k))[1])
+    done = {i: e for i, e in ralm.stream_many(PROMPTS, max_tokens=20) if isinstance(e, Done)}
+    assert {e.reason for e in done.values()} == {"eos", "length"} and sorted(done) == [0, 1, 2, 3]
+    assert forwards[0][0] == 4 and all(shape[1] == 1 for shape in forwards[1:])
+    assert [shape[0] for shape in forwards] == searches == sorted(searches, reverse=True) and searches[-1] < 4
+    assert len(forwards) == max(e.tokens + (e.reason == "eos") for e in done.values())
+    monkeypatch.undo()
+    for i, prompt in enumerate(PROMPTS):
+        assert done[i].text == ralm.generate(prompt, max_tokens=20)
+
+
+def test_many_texts_stop_at_their_own_stops(lm):
+    ralm = RALM(lm)
+    whole = ralm.generate_many(PROMPTS[:2], max_tokens=20)
+    stop = whole[0][4:6]
+    assert ralm.generate_many(PROMPTS[:2], max_tokens=20, stop=[stop]) == [ralm.generate(p, max_tokens=20, stop=[stop])
+                                                                           for p in PROMPTS[:2]]
+    assert ralm.generate_many([]) == []
+
+
+# ---- beams ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("beams", "penalty"), [(1, 1.0), (3, 1.0), (4, 0.0), (5, 2.0)])
+def test_beams_are_those_of_transformers(tiny, kind, beams, penalty):
+    lm = HF(tiny.make(kind), tiny.tokenizer(), window=64)
+    ids = torch.tensor([[lm.bos, *lm.tokenizer.encode("Who saw the tower?")]])
+    first = int(lm.forward(ids).logits[0, -1].topk(9).indices[-1])
+    for eos in (lm.eos, first):  # one that does not come, and one that is near
+        lm.eos = eos
+        with torch.no_grad():
+            theirs = lm.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, num_beams=beams, do_sample=False,
+                                       num_return_sequences=beams, length_penalty=penalty, eos_token_id=eos, pad_token_id=0,
+                                       return_dict_in_generate=True, output_scores=True)
+        ours = RALM(lm).beam("Who saw the tower?", beams=beams, max_tokens=9, length_penalty=penalty)
+        want = [tuple(x[:x.index(eos)] if eos in x else x) for x in theirs.sequences[:, ids.shape[1]:].tolist()]
+        if beams == 1:  # transformers searches greedily then, and tells no score
+            assert ours[0].tokens == want[0]
+            continue
+        assert [h.tokens for h in ours] == want
+        assert np.allclose([h.score for h in ours], theirs.sequences_scores, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["none", KNN, f"{READS}+{KNN}"])
+def test_as_many_beams_as_tokens_search_everything(made, how):
+    ralm, V = made("llama", how), made("llama", how).lm.vocab
+    best = ralm.beam(PROMPTS[0], beams=V, max_tokens=2, length_penalty=0.0)
+    first_V = ralm.distributions([0], prompt=PROMPTS[0])[0]
+    pairs = {}
+    for t in range(V):
+        if t == ralm.lm.eos:
+            continue
+        second_V = ralm.distributions([t, 0], prompt=PROMPTS[0])[1]
+        pairs |= {((t, u) if u != ralm.lm.eos else (t,)): float(first_V[t] + second_V[u]) for u in range(V)}
+    pairs[()] = float(first_V[ralm.lm.eos])
+    want = sorted(pairs.items(), key=lambda pair: -pair[1])[:8]
+    assert [h.tokens for h in best[:8]] == [ids for ids, _ in want]
+    assert np.allclose([h.logp for h in best[:8]], [p for _, p in want], atol=1e-3)
+
+
+@pytest.mark.parametrize("how", FUSIONS[1:])
+def test_a_beam_has_the_probability_that_scoring_gives_it(made, how):
+    """Over windows and changes of evidence; and with one beam it is the greedy stream."""
+    ralm = made("llama", how)
+    best = ralm.beam(PROMPTS[3], beams=3, max_tokens=20)
+    assert [h.score for h in best] == sorted((h.score for h in best), reverse=True) and len({h.tokens for h in best}) == 3
+    for h in best:
+        assert h.reason == "length" and h.logp == pytest.approx(ralm.score(list(h.tokens), prompt=PROMPTS[3]).logp.sum(), abs=5e-3)
+    (greedy,) = ralm.beam(PROMPTS[3], beams=1, max_tokens=20)
+    assert greedy.text == ralm.generate(PROMPTS[3], max_tokens=20) and greedy.logp <= best[0].logp + 1e-3
+
+
+# ---- speculation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "bloom", "lfm2"])
+@pytest.mark.parametrize("how", FUSIONS[1:])
+def test_speculation_changes_no_bit(made, kind, how):
+    """Tokens, their ln p to the last bit, retrievals and their queries; greedy and drawn; over windows and stops."""
+    ralm = made(kind, how)
+    for prompt, settings in ((PROMPTS[1], dict(max_tokens=45)), (PROMPTS[2], dict(max_tokens=14, temperature=1.0, seed=3)),
+                             (PROMPTS[3], dict(max_tokens=14, temperature=0.6, top_p=0.9, seed=4))):
+        plain = drawn(ralm.stream(prompt, **settings))
+        for steps in (2, 5, "auto"):
+            assert drawn(ralm.stream(prompt, speculate=steps, **settings)) == plain, (prompt, steps)
