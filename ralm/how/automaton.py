@@ -55,6 +55,8 @@ def follow(lm: Any, texts: Sequence[Sequence[int]], keys_BSD: np.ndarray, wanted
 
     texts: the tokens of each row before the last position; keys_BSD: states of the positions from `start` (see `begin`); ask: the
     engine's search, with the token store it searches as `ask.tokens`."""
+    from ralm.what.token_store import Neighbours
+
     stop, tokens = start + keys_BSD.shape[1], ask.tokens
     lanes = [(b, p, min(stop, (p // BLOCK + 1) * BLOCK)) for b in range(len(texts))
              for p in [start, *range((start // BLOCK + 1) * BLOCK, stop, BLOCK)]]
@@ -76,7 +78,7 @@ def follow(lm: Any, texts: Sequence[Sequence[int]], keys_BSD: np.ndarray, wanted
     for i, (b, _, end) in enumerate(lanes):
         if end == stop:
             _remember(lm, texts[b][:stop - 1], held[i][held[i] >= 0])
-    return _stacked([out[at] for at in sorted(out)])
+    return Neighbours.joined([out[at] for at in sorted(out)])
 
 
 def _step(tokens: TokenStore, keys_BSD: np.ndarray, pointers_LP: np.ndarray, wanted_BS: np.ndarray, k: int, least: int,
@@ -120,14 +122,3 @@ def _padded(rows: Sequence[np.ndarray | None]) -> np.ndarray:
         if r is not None:
             one[:len(r)] = r
     return out
-
-
-def _stacked(found: Sequence[Neighbours]) -> Neighbours:
-    from ralm.what.token_store import Neighbours
-
-    if not found:
-        return Neighbours.empty(0)
-    wide = max(f.rows.shape[1] for f in found)
-    return Neighbours(*(None if getattr(found[0], name) is None else np.concatenate(
-        [np.pad(getattr(f, name), ((0, 0), (0, wide - f.rows.shape[1])), constant_values=fill) for f in found])
-        for name, fill in (("rows", -1), ("distances", np.inf), ("values", -1), ("counts", 1))))

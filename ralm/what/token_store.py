@@ -41,6 +41,18 @@ class Neighbours:
         return Neighbours(*(None if (a := getattr(self, f.name)) is None else a[queries] for f in fields(self)))
 
     @staticmethod
+    def joined(parts: Sequence[Neighbours]) -> Neighbours:
+        """The queries of all parts, in order, as wide as the widest."""
+        if not parts:
+            return Neighbours.empty(0)
+        wide, out = max(p.rows.shape[1] for p in parts), []
+        for name, fill in (("rows", -1), ("distances", np.inf), ("values", -1), ("counts", 1)):
+            some = [getattr(p, name) for p in parts]
+            out.append(None if some[0] is None else np.concatenate(
+                [np.pad(a, ((0, 0), (0, wide - a.shape[1])), constant_values=fill) for a in some]))
+        return Neighbours(*out)
+
+    @staticmethod
     def empty(queries: int, k: int = 0) -> Neighbours:
         none = np.full((queries, k), -1, np.int64)
         return Neighbours(none, np.full((queries, k), np.inf, np.float32), none.copy())
