@@ -117,7 +117,7 @@ def exact_search(rows: int) -> None:
 
     faiss.omp_set_num_threads(1)
     torch.set_num_threads(1)
-    made, rng = word_means(docstrings(100_000)), np.random.default_rng(0)
+    made, rng = word_means(docstrings(20_000)), np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         x_ND = np.lib.format.open_memmap(Path(folder) / "x.npy", "w+", np.float16, (rows, made.shape[1]))
         for a in range(0, rows, 50_000):
@@ -125,7 +125,7 @@ def exact_search(rows: int) -> None:
             x_ND[a:a + 50_000] = unit(some + rng.standard_normal(some.shape, np.float32) * np.float32(0.05 / some.shape[1] ** 0.5))
         stored = vectors.Rows.__new__(vectors.Rows)
         stored.maps, stored.starts, stored.dim, stored.ids = [x_ND], np.array([0, rows]), x_ND.shape[1], np.arange(rows)
-        some = made[rng.integers(0, len(made), 512)]
+        some = made[rng.integers(0, len(made), 256)]
         q_QD = unit(some + rng.standard_normal(some.shape, np.float32) * np.float32(0.3 / some.shape[1] ** 0.5))
         whole = x_ND.astype(np.float32)
         flat, turned = faiss.IndexFlatIP(x_ND.shape[1]), torch.from_numpy(whole).T
@@ -153,7 +153,7 @@ def word_means(texts: list[str]) -> np.ndarray:
     return unit(np.stack([table_VD[e.ids].mean(0) for e in tokenizer.encode_batch(texts, add_special_tokens=False) if e.ids]))
 
 
-def ratio(what: str, searches: dict, q_QD: np.ndarray, size: int, rounds: int = 3) -> None:
+def ratio(what: str, searches: dict, q_QD: np.ndarray, size: int, rounds: int = 2) -> None:
     """The searches in turn, best of the rounds in processor seconds; FAISS is what the others are compared to."""
     best = dict.fromkeys(searches, np.inf)
     for _ in range(rounds):
