@@ -117,9 +117,9 @@ def tune_knn(ralm: RALM, texts: Sequence[Document | str | tuple[str, str]], ks: 
 
     Returns {"best": {k, lam, temperature, nats_per_token, ppl, interval (95 %, bootstrap over texts)}, "spec": best as a spec,
     "model": {nats_per_token, ppl} with nothing mixed in, "gain": nats per token that the best saves, "gain_interval", "table":
-    [{k, lam, temperature, nats_per_token, ppl}] in the order of the grid, "tokens", "documents", "searched", "edges": settings whose
-    best is at the end of what was tried, "seconds"}. With an inverted index the k nearest of a smaller search may differ a little from
-    the nearest k of the larger one. Raises UsageError for values out of range, or a system without neighbours."""
+    [{k, lam, temperature, nats_per_token, ppl}] in the order of the grid, "tokens", "documents", "searched", "edges": settings
+    whose best is at the end of what was tried, "seconds"}. With an inverted index the k nearest of a smaller search may differ a
+    little from the nearest k of the larger one. Raises UsageError for values out of range, or a system without neighbours."""
     began = time.perf_counter()
     _check(ralm, ks, lams, temperatures)
     ks, lams, temperatures = sorted(set(ks)), sorted(set(map(float, lams))), sorted(set(map(float, temperatures)))

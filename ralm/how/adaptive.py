@@ -1,7 +1,7 @@
 """A learnt weight for the neighbours of each token, and whether they are worth a search (He et al. 2021, section 4.1).
 
-A gate is a small network that reads what the model knows before any search: its state, how sure it is and its entropy. A second one,
-where it was asked for, reads the neighbours too: their distances and how many distinct tokens they hold at growing ranks (adaptive
+A gate is a small network that reads what the model knows before any search: its state, how sure it is and its entropy. A second
+one, where it was asked for, reads the neighbours too: their distances and how many distinct tokens they hold at growing ranks (adaptive
 kNN-MT: Zheng et al. 2021, section 3.2), and how peaked their distribution is. The weight is the second one's where there is one;
 whether to search is decided by the first.
 
@@ -66,8 +66,8 @@ class Net:
 
 @dataclass(frozen=True)
 class Gate:
-    """early reads the model, late the neighbours too (None: early gives the weight); levels: the 0, 1, .. 100 % quantiles of early's
-    weight on the text it was fitted on; made_for: what it was fitted for and on."""
+    """early reads the model, late the neighbours too (None: early gives the weight); levels: the 0, 1, .. 100 % quantiles of
+    early's weight on the text it was fitted on; made_for: what it was fitted for and on."""
 
     early: Net
     late: Net | None
@@ -82,7 +82,7 @@ class Gate:
         return self.late(torch.cat([x_NF, about_neighbours(found, temperature, self.made_for["k"])], 1)).numpy()
 
     def asks(self, keys_BSD: Tensor, sure_BS2: Tensor, spare: float) -> np.ndarray:
-        """bool [B, S]: whether a token's expected weight is above that of the share `spare` of the tokens the gate was fitted on."""
+        """bool [B, S]: whether a token's expected weight is above that of the share `spare` of the tokens it was fitted on."""
         weight_N = self.early(about_model(keys_BSD.flatten(0, 1), sure_BS2.flatten(0, 1)))
         at = spare * (len(self.levels) - 1)
         low, high = self.levels[int(at)], self.levels[min(int(at) + 1, len(self.levels) - 1)]
@@ -109,7 +109,7 @@ class Gate:
 
     @staticmethod
     def load(tokens: TokenStore, how: Interpolate) -> Gate:
-        """The gate of a token store. Raises StoreError where it has none, FingerprintError where it was fitted for something else."""
+        """The gate of a token store. Raises StoreError where it has none, FingerprintError where it was fitted otherwise."""
         from safetensors.torch import load_file
 
         from ralm.what import token_build
@@ -119,16 +119,16 @@ class Gate:
         now = manifest.load(folder)
         part = next((p for p in now.parts if FILES[0] in p.files), None)
         if part is None:
-            raise StoreError(f"{folder} has no gate, which lam=learned needs; fit one on text that is not in {store.path} (ralm tune "
-                             "knn --gate), or give lam a number")
+            raise StoreError(f"{folder} has no gate, which lam=learned needs; fit one on text that is not in {store.path} "
+                             "(ralm tune knn --gate), or give lam a number")
         manifest.sizes(folder, part)
         nets = load_file(folder / part.name / FILES[0])
         made_for = json.loads((folder / part.name / FILES[1]).read_text(encoding="utf-8"))
         ours = fitted_for(tokens, how)
         for key, value in ours.items():
             if value != made_for.get(key):
-                raise FingerprintError(f"the gate of {folder} was fitted with {key} = {made_for.get(key)!r}, {value!r} is asked for: "
-                                       f"use {made_for.get(key)!r}, or fit the gate anew (ralm tune knn --gate)")
+                raise FingerprintError(f"the gate of {folder} was fitted with {key} = {made_for.get(key)!r}, {value!r} is asked "
+                                       f"for: use {made_for.get(key)!r}, or fit the gate anew (ralm tune knn --gate)")
         early = Net.of(nets, "early")
         return Gate(early, Net.of(nets, "late"), nets["levels"], made_for)
 
@@ -155,8 +155,8 @@ def ranks(k: int) -> list[int]:
 
 
 def about_neighbours(found: Neighbours, temperature: float, k: int) -> Tensor:
-    """float32 [N, F]: at ranks 1, 2, 4, .. the distance in temperatures and the share of distinct tokens; the largest probability of
-    the neighbours' distribution and its entropy. Ranks that were not found repeat the last that was."""
+    """float32 [N, F]: at ranks 1, 2, 4, .. the distance in temperatures and the share of distinct tokens; the largest probability
+    of the neighbours' distribution and its entropy. Ranks that were not found repeat the last that was."""
     counts = found.counts if found.counts is not None else np.ones((1, 1), np.float32)
     counts = np.ascontiguousarray(np.broadcast_to(counts, found.rows.shape))
     at = np.array(ranks(k), np.int64)

@@ -46,8 +46,8 @@ class Interpolate:
         learned   what a gate says that was fitted on held-out text and is kept with the token store (how/adaptive.py)
 
     Searching less: skip: not where the model's own most probable token has at least this probability (1: search always); spare: the
-    share of tokens, those with the least weight to be expected, that the learnt gate leaves to the model (He et al. 2021); automaton:
-    no search while at least so many of the rows that the last token was found in have a successor (RetoMaton, Alon et al. 2022,
+    share of tokens, those with the least weight to be expected, that the learnt gate leaves to the model (He et al. 2021);
+    automaton: no search while at least so many of the rows that the last token was found in have a successor (RetoMaton, Alon et al. 2022,
     how/automaton.py; 0: search always)."""
 
     k: int = 1024
@@ -191,7 +191,6 @@ class Interpolate:
         """Neighbours [n, K] of the positions from `first` that have some, and which those are: rows [n] and positions [n]."""
         import numpy as np
 
-        B, S, D = keys_BSD.shape
         wanted_BS = self._wanted(keys_BSD, sure_BS2)
         if self.automaton:
             from ralm.how import automaton

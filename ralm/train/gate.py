@@ -4,14 +4,15 @@ Every text is searched once; what the gate reads and both probabilities of each 
 
     mean over tokens of  -ln [(1 - w) p_LM(y) + w p_kNN(y)]  +  l1 * w        w = gate(features)
 
-as they do it: 5 layers of 128, dropout 0.2, Adam with 5e-4, batches of 64; l1 makes it say no where neighbours change little. The text
-is cut in pieces of SPLIT tokens and every tenth is kept apart; of all epochs the one that is best there is kept."""
+as they do it: 5 layers of 128, dropout 0.2, Adam with 5e-4, batches of 64; l1 makes it say no where neighbours change little. The
+text is cut in pieces of SPLIT tokens and every tenth is kept apart; of all epochs the one that is best there is kept."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -83,11 +84,12 @@ def fit_gate(ralm: RALM, texts: Sequence[Document | str | tuple[str, str]], neig
     gate = Gate(early, late, levels, fitted_for(ralm.tokens, how) | {"tokens": len(found), "inner": repr(how.inner)})
     if keep:
         gate.save(ralm.tokens)
-    return _measured(gate, apart) | {"tokens": len(found), "apart": len(apart), "seconds": time.perf_counter() - began, "gate": gate}
+    sizes = {"tokens": len(found), "apart": len(apart)}
+    return _measured(gate, apart) | sizes | {"seconds": time.perf_counter() - began, "gate": gate}
 
 
-def examples(ralm: RALM, texts: Sequence[Document | str | tuple[str, str]], neighbours: bool, window: int | None, stride: int | None,
-             exclude_self: bool) -> Examples:
+def examples(ralm: RALM, texts: Sequence[Document | str | tuple[str, str]], neighbours: bool, window: int | None,
+             stride: int | None, exclude_self: bool) -> Examples:
     """Every token of the texts that has neighbours."""
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     k, temperature = ralm.how.k, ralm.how.temperature
@@ -109,14 +111,14 @@ def loss(weight_N: Tensor, some: Examples, l1: float = 0.0) -> Tensor:
     return -both.mean() + l1 * weight_N.mean()
 
 
-def train(fit: Examples, apart: Examples, late: bool, *, layers: int, width: int, dropout: float, rate: float, batch: int, epochs: int,
-          l1: float, seed: int) -> Net:
+def train(fit: Examples, apart: Examples, late: bool, *, layers: int, width: int, dropout: float, rate: float, batch: int,
+          epochs: int, l1: float, seed: int) -> Net:
     """The network of the epoch that is best on what is kept apart."""
     torch.manual_seed(seed)
     x_NF = fit.features(late)
     mean, scale = x_NF.mean(0), x_NF.std(0).clamp(min=1e-6)
     sizes = [x_NF.shape[1], *[width] * (layers - 1), 1]
-    linear = [torch.nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])]
+    linear = [torch.nn.Linear(a, b) for a, b in pairwise(sizes)]
     torch.nn.init.zeros_(linear[-1].weight)
     torch.nn.init.constant_(linear[-1].bias, -1.0)  # weight 0.27 before it has learnt anything
     optimiser = torch.optim.Adam([p for one in linear for p in one.parameters()], lr=rate)
@@ -151,5 +153,6 @@ def _measured(gate: Gate, apart: Examples) -> dict[str, Any]:
     levels = gate.levels.double().numpy()
     spare = {share: -np.where(early > levels[round(100 * share)], mixed(lm, np.exp(knn), used), lm).mean()
              for share in (0.0, 0.25, 0.5, 0.75, 0.9)}
-    return {"model": -lm.mean(), "fixed": fixed[lam], "lam": float(lam), "early": -mixed(lm, np.exp(knn), early).mean(),
-            "late": None if late is None else -mixed(lm, np.exp(knn), late).mean(), "spare": {k: float(v) for k, v in spare.items()}}
+    gates = {name: None if w is None else float(-mixed(lm, np.exp(knn), w).mean()) for name, w in (("early", early), ("late", late))}
+    return {"model": float(-lm.mean()), "fixed": float(fixed[lam]), "lam": float(lam), **gates,
+            "spare": {share: float(nats) for share, nats in spare.items()}}
