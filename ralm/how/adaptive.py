@@ -1,9 +1,9 @@
 """A learnt weight for the neighbours of each token, and whether they are worth a search (He et al. 2021, section 4.1).
 
 A gate is a small network that reads what the model knows before any search: its state, how sure it is and its entropy. A second
-one, where it was asked for, reads the neighbours too: their distances and how many distinct tokens they hold at growing ranks (adaptive
-kNN-MT: Zheng et al. 2021, section 3.2), and how peaked their distribution is. The weight is the second one's where there is one;
-whether to search is decided by the first.
+one, where it was asked for, reads the neighbours too: their distances and how many distinct tokens they hold at growing ranks
+(adaptive kNN-MT: Zheng et al. 2021, section 3.2), and how peaked their distribution is. The weight is the second one's where there
+is one; whether to search is decided by the first.
 
 A gate is fitted (ralm/train/gate.py) for one model, token store, k and temperature, kept as a part of the token store, and refused
 for others. It is a parameter, as the model's weights are: a removed document is not found again, but what the gate learnt while it

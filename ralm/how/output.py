@@ -47,8 +47,8 @@ class Interpolate:
 
     Searching less: skip: not where the model's own most probable token has at least this probability (1: search always); spare: the
     share of tokens, those with the least weight to be expected, that the learnt gate leaves to the model (He et al. 2021);
-    automaton: no search while at least so many of the rows that the last token was found in have a successor (RetoMaton, Alon et al. 2022,
-    how/automaton.py; 0: search always)."""
+    automaton: no search while at least so many of the rows that the last token was found in have a successor (RetoMaton: Alon et
+    al. 2022, how/automaton.py; 0: search always)."""
 
     k: int = 1024
     lam: float | str = 0.25

@@ -153,6 +153,7 @@ def _measured(gate: Gate, apart: Examples) -> dict[str, Any]:
     levels = gate.levels.double().numpy()
     spare = {share: -np.where(early > levels[round(100 * share)], mixed(lm, np.exp(knn), used), lm).mean()
              for share in (0.0, 0.25, 0.5, 0.75, 0.9)}
-    gates = {name: None if w is None else float(-mixed(lm, np.exp(knn), w).mean()) for name, w in (("early", early), ("late", late))}
+    gates = {name: None if w is None else float(-mixed(lm, np.exp(knn), w).mean())
+             for name, w in (("early", early), ("late", late))}
     return {"model": float(-lm.mean()), "fixed": float(fixed[lam]), "lam": float(lam), **gates,
             "spare": {share: float(nats) for share, nats in spare.items()}}
