@@ -1,5 +1,5 @@
 """The command line: names, help and exit codes. What a command does is in stores.py, indexes.py, tokens.py, asking.py,
-scoring.py, explaining.py, evaluating.py and doctor.py.
+scoring.py, explaining.py, evaluating.py, tuning.py and doctor.py.
 
 stdout carries the result, stderr the talk. Exit codes: 0 done, 1 it could not be done, 2 the request is wrong, 130 stopped by
 Ctrl-C. Commands load when they are used, so `ralm --help` is quick; nothing here imports torch, numpy or a table engine."""
@@ -43,24 +43,27 @@ COMMANDS = {  # where it is, what it takes, one line of help, its group
     "explain": ("explaining:explain", "STORE TEXT --lm MODEL --how HOW", "What retrieval changed, token by token.", MEASURE),
     "eval retrieval": ("evaluating:retrieval", "STORE --queries FILE --qrels FILE", "nDCG, recall and others.", MEASURE),
     "eval qa": ("evaluating:qa", "STORE --questions FILE | --predictions P --gold G", "Exact match and F1 of answers.", MEASURE),
+    "tune knn": ("tuning:knn", "STORE FILE... --lm MODEL", "Choose k, lam and temperature of --how knn on held-out text.", MEASURE),
     "doctor": ("doctor:doctor", "[STORE]", "What this machine has; with STORE, verify it.", MORE),
     "demo": ("demo:demo", "", "Everything on real text, in minutes.", MORE),
 }
 
 
+FAMILIES = {"eval": "Measures of retrieval and of answers.", "tune": "Settings chosen on held-out text."}
 WRITERS = ("build", "add", "remove", "index", "tokens", "compact", "demo")  # commands that go on where they were stopped
 
 
 def application(argv: Sequence[str]) -> App:
     """The commands, none of them imported yet. The one that argv names shows its docstring as help."""
     app = App(name="ralm", help=HELP, version=ralm.__version__, default_parameter=Parameter(negative=()), help_format="plaintext")
-    evaluate = App(name="eval", help="Measures of retrieval and of answers.", group=MEASURE, sort_key=len(COMMANDS))
+    families = {name: App(name=name, help=text, group=MEASURE, sort_key=len(COMMANDS)) for name, text in FAMILIES.items()}
     for i, (name, (path, takes, text, group)) in enumerate(COMMANDS.items()):
-        parent, name = (evaluate, name.split()[1]) if name.startswith("eval ") else (app, name)
-        usage = " ".join(["Usage: ralm", *(["eval"] if parent is evaluate else []), name, takes, "[OPTIONS]"])
-        parent.command(f"ralm.app.{path}", name=name, help=_docstring(path) if name in argv else text, group=group, sort_key=i,
-                       usage=usage)
-    app.command(evaluate)
+        family, _, last = name.rpartition(" ")
+        help_text = _docstring(path) if last in argv else text
+        families.get(family, app).command(f"ralm.app.{path}", name=last, help=help_text, group=group, sort_key=i,
+                                          usage=f"Usage: ralm {name} {takes} [OPTIONS]")
+    for family in families.values():
+        app.command(family)
     return app
 
 
@@ -143,7 +146,9 @@ def _misuse(e: CycloptsError) -> str:
     """What is wrong with the arguments, and which help to read."""
     chain = " ".join(("ralm", *(e.command_chain or ())))
     if isinstance(e, UnknownCommandError) and e.unused_tokens:
-        words = [name.removeprefix("eval ") if chain == "ralm eval" else name.split()[0] for name in COMMANDS]
+        family = chain.partition(" ")[2]
+        words = [name.removeprefix(f"{family} ") for name in COMMANDS if name.startswith(family)] if family in FAMILIES else [
+            name.split()[0] for name in COMMANDS]
         return str(unknown("command", e.unused_tokens[0], set(words)))
     if isinstance(e, MissingArgumentError) and e.argument is not None:
         name = e.keyword or e.argument.name
