@@ -154,6 +154,8 @@ def generate(store: StoreArg, /, *prompt: Words, lm: LM = "bundled:base", how: H
              stop: Annotated[list[str] | None, Parameter(help="Text that ends the stream; may be given several times.")] = None,
              window: Annotated[int | None, Parameter(help="Most tokens the model sees at once.")] = None,
              stride: Annotated[int | None, Parameter(help="Tokens a full window moves on by.")] = None,
+             speculate: Annotated[str, Parameter(help="With --how knn: draw so many tokens on guessed neighbours, then check them "
+                                                      "by one search; a number or auto. The text is the same.")] = "0",
              out: Output = Output()) -> None:  # noqa: B008
     """Continue a prompt; the text streams to stdout as it is drawn, what was retrieved is told on stderr.
 
@@ -162,9 +164,10 @@ def generate(store: StoreArg, /, *prompt: Words, lm: LM = "bundled:base", how: H
     token_store, version."""
     text = said("prompt", " ".join(prompt))
     positive("--max-tokens", max_tokens)
+    guesses = _guesses(speculate)
     system, kb = speaking(store, at, lm, how, when, retriever, where, window, tokens)
     events = system.stream(text, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-                           stop=tuple(stop or ()), window=window, stride=stride)
+                           stop=tuple(stop or ()), window=window, stride=stride, speculate=guesses)
     data = {"prompt": text} | _drain(events, echo=not out.json)
     data |= {"lm": lm, "how": how, "when": when, "retriever": repr(system.retriever) if system.retriever else None,
              "token_store": system.tokens.name if system.tokens else None, "version": kb.version}
@@ -173,6 +176,12 @@ def generate(store: StoreArg, /, *prompt: Words, lm: LM = "bundled:base", how: H
         return
     print()
     _sources(data)
+
+
+def _guesses(speculate: str) -> int | str:
+    if speculate != "auto" and not speculate.isdecimal():
+        raise UsageError(f"--speculate {speculate} is neither a number of tokens nor auto")
+    return "auto" if speculate == "auto" else int(speculate)
 
 
 def _drain(events: Iterator[Any], echo: bool) -> dict[str, Any]:

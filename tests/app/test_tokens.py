@@ -130,6 +130,10 @@ def test_generating_with_neighbours(ralm, made, tiny):
     data = ralm("generate", made, "The Moon is", "--lm", tiny, "--how", "knn:k=4,lam=0.9,temperature=1", "--max-tokens", "5",
                 "--json").json
     assert data["tokens"] == 5 and data["retriever"] is None and data["token_store"] == "default"
+    args = ["generate", made, "The Moon is", "--lm", tiny, "--how", "knn:k=4,lam=0.9,temperature=1", "--max-tokens", "5", "--json"]
+    for guesses in ("3", "auto"):
+        assert ralm(*args, "--speculate", guesses).json["text"] == data["text"]
+    assert ralm(*args, "--speculate", "-1").code == ralm(*args, "--speculate", "some").code == 2
 
 
 def test_removal_through_the_command_line_equals_never_having_held_it(ralm, made, folder, tiny, tmp_path):
