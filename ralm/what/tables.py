@@ -153,8 +153,8 @@ def small_files(dataset) -> int:
 
 
 def _sizes(dataset) -> dict[str, int]:
-    """How many rows a file should have. By bytes, not by rows alone: a table of long texts would otherwise be rewritten whole, time and
-    again. (A batch size of our own made a merge take 3 GB instead of 0.4: Lance's own is left alone.)"""
+    """How many rows a file should have. By bytes, not by rows alone: a table of long texts would otherwise be rewritten whole, time
+    and again."""
     fragments = dataset.get_fragments()
     rows = sum(f.physical_rows for f in fragments)
     size = max(1, sum(file.file_size_bytes or 0 for f in fragments for file in f.data_files()))
