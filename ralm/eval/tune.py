@@ -149,7 +149,7 @@ def tune_knn(ralm: RALM, texts: Sequence[Document | str | tuple[str, str]], ks: 
              for b, k in enumerate(ks) for c, lam in enumerate(lams)]
     return {"best": best | {"interval": interval(at, sizes)},
             "spec": f"knn:k={best['k']},lam={best['lam']:g},temperature={best['temperature']:g}",
-            "model": _figures(sum(base) / tokens), "gain": sum(base) / tokens - total[i, n, j],
+            "model": _figures(sum(base) / tokens), "gain": float(sum(base) / tokens - total[i, n, j]),
             "gain_interval": interval(np.array(base) - at, sizes), "table": table, "tokens": tokens, "documents": len(sizes),
             "searched": asked, "edges": edges, "seconds": time.perf_counter() - began}
 

@@ -438,6 +438,9 @@ def merge(folder: Path, parts: Sequence[manifest.Part], settings: dict[str, Any]
                 for a in range(start, end, 65_536):
                     rows = slice(a, min(a + 65_536, end))
                     writer.add(keys[rows], norms[rows], values[rows])
+    from ralm.what.token_merge import carry
+
+    carry(folder, parts, settings, keep, writer.path)
     return writer.seal(parts[-1].stop)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from ralm.errors import StoreError, UsageError
 from ralm.index import inverted, manifest, nearest
-from ralm.what import token_build
+from ralm.what import token_build, token_merge
 from ralm.what.token_build import Projection, Wish
 
 FILTERS = 8  # bitmaps over rows that are kept
@@ -86,9 +86,19 @@ class Rows:
         self.first = np.append(first, len(self.keys))  # row at which each document begins; documents without tokens take none
         if (np.diff(self.revs) <= 0).any() or (np.diff(self.first) < 0).any() or (len(first) and first[0]):
             raise token_build.damaged(folder, "its documents are not in order")
+        merged = [token_merge.columns(folder, p, m[3]) for p, m in zip(parts, mapped)] if "merged" in settings else []
+        self.merged = np.concatenate(merged) if merged else None  # int32 [N, 2]: position, tokens a row stands for
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def positions(self, rows: np.ndarray) -> np.ndarray:
+        """int64: where in its document each row's token stands."""
+        return rows - self.first[self.document(rows)] if self.merged is None else self.merged[rows, 0].astype(np.int64)
+
+    def counts(self, rows: np.ndarray) -> np.ndarray | None:
+        """float32: how many tokens each row stands for, 1 for rows below 0; None where each is one."""
+        return None if self.merged is None else np.where(rows < 0, 1, self.merged[rows, 1]).astype(np.float32)
 
     def values(self, rows: np.ndarray) -> np.ndarray:
         """int64, the shape of `rows`: the token of each row, -1 for rows below 0."""
@@ -199,11 +209,11 @@ class TokenStore:
         found = [leaf.search(q_QD, k, where, tuple(exclude), spans) for leaf in self.leaves if len(leaf.rows)]
         if not found:
             return Neighbours.empty(len(q_QD), k)
-        if len(found) == 1:
-            return found[0]
-        rows, d, values = (np.concatenate([getattr(f, name) for f in found], 1) for name in ("rows", "distances", "values"))
-        order = np.lexsort((np.where(rows < 0, np.iinfo(np.int64).max, rows), d))[:, :k]
-        return Neighbours(*(np.take_along_axis(a, order, 1) for a in (rows, d, values)))
+        if len(found) > 1:
+            rows, d, values = (np.concatenate([getattr(f, name) for f in found], 1) for name in ("rows", "distances", "values"))
+            order = np.lexsort((np.where(rows < 0, np.iinfo(np.int64).max, rows), d))[:, :k]
+            found = [Neighbours(*(np.take_along_axis(a, order, 1) for a in (rows, d, values)))]
+        return replace(found[0], counts=self.counts(found[0].rows))
 
     def values(self, rows: np.ndarray) -> np.ndarray:
         """int64, the shape of `rows`: the token of each row, -1 for rows below 0."""
@@ -214,7 +224,14 @@ class TokenStore:
 
     def counts(self, rows: np.ndarray) -> np.ndarray | None:
         """float32, the shape of `rows`: how many tokens each row stands for; None where each is one."""
-        return None
+        if all(leaf.rows.merged is None for leaf in self.leaves):
+            return None
+        out = np.ones(rows.shape, np.float32)
+        for leaf in self.leaves:
+            if leaf.rows.merged is not None:
+                here = (rows >= leaf.offset) & (rows < leaf.offset + len(leaf.rows))
+                out[here] = leaf.rows.counts(rows[here] - leaf.offset)
+        return out
 
     def distances(self, q_QD: np.ndarray, rows_QC: np.ndarray) -> np.ndarray:
         """float32 [Q, C]: of every query to its rows, as `search` would give it; inf for rows below 0."""
@@ -235,6 +252,8 @@ class TokenStore:
             right = leaf.rows.values(local) == tokens_Q[q]
             q, c, local = q[right], c[right], local[right]
             goes = local + 1 < leaf.rows.first[leaf.rows.document(local) + 1]
+            if leaf.rows.merged is not None:  # the row of the token after it may be gone
+                goes[goes] = leaf.rows.merged[local[goes] + 1, 0] == leaf.rows.merged[local[goes], 0] + 1
             out[q[goes], c[goes]] = local[goes] + 1 + leaf.offset
         return out
 
@@ -249,7 +268,7 @@ class TokenStore:
                 number = leaf.rows.document(local)
                 revs = leaf.rows.revs[number]
                 names = {rev: s.id for rev, s in leaf.store.state(np.unique(revs).tolist()).items()}
-                for i, rev, position in zip(here.tolist(), revs.tolist(), (local - leaf.rows.first[number]).tolist()):
+                for i, rev, position in zip(here.tolist(), revs.tolist(), leaf.rows.positions(local).tolist()):
                     out[i] = Place(names[rev], rev, position, leaf.store)
         if None in out:
             raise UsageError(f"rows run from 0 to {len(self) - 1}; search again")
@@ -258,6 +277,8 @@ class TokenStore:
     def tokens(self, store: Any, revision: int) -> np.ndarray:
         """int64: the tokens of a stored document revision."""
         leaf = next(x for x in self.leaves if x.store is store)
+        if leaf.rows.merged is not None:  # not every token has its row
+            return np.asarray(self.lm.tokenizer.encode(store.state([revision])[revision].text), np.int64)
         at = int(np.searchsorted(leaf.rows.revs, revision))
         return leaf.rows.values(np.arange(*leaf.rows.first[at:at + 2]))
 

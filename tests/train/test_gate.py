@@ -98,6 +98,7 @@ def test_it_outlives_new_documents_and_compaction(fitted, kb, lm):
     before = RALM(lm, tokens=tokens, how=SPEC).score("Snow melts.").logp
     kb.add([Document("late", "Granite.")])
     kb.remove(["late"])
+    kb.compact(purge=True)
     token_build.compact(kb, "default")
     after = RALM(lm, tokens=TokenStore(kb, lm), how=SPEC).score("Snow melts.").logp
     assert np.abs(after - before).max() < 1e-6
