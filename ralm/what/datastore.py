@@ -163,7 +163,8 @@ class Datastore:
         if self._pinned:
             raise StoreError(f"{self.path} was opened at version {self.version}, the past cannot be changed; "
                              "open it without version")
-        return View(self.path, tables.load(self.path))
+        view, seen = View(self.path, tables.load(self.path)), self._view
+        return seen if (seen.version, seen.facts) == (view.version, view.facts) else view  # with the arrays it has loaded
 
     # ---- reading -----------------------------------------------------------------------------------------------------
 

@@ -47,9 +47,10 @@ class View:
         self._filtered: OrderedDict[str | None, np.ndarray] = OrderedDict()
         self._guard = threading.Lock()
 
-    def _column(self, dataset, *names: str) -> list[np.ndarray]:
+    def _column(self, dataset, *names: str, addresses: bool = False) -> list[np.ndarray]:
         with tables.guard(lambda e: self._lost(dataset, e)):
-            table = dataset.to_table(columns=list(names))
+            table = dataset.to_table(columns=list(names), with_row_id=addresses)
+        names = (*names, "_rowid") if addresses else names
         arrays = [table.column(n).to_numpy() for n in names]
         return [a.view(np.int64) if a.dtype == np.uint64 and n != "_key" else a for n, a in zip(names, arrays)]  # no copies
 
@@ -65,12 +66,12 @@ class View:
     @cached_property
     def _rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """rev, key and number of chunks per document, by row position."""
-        rev, key, chunks = self._column(self.documents, "rev", "_key", "_chunks")
+        rev, key, chunks, self._addresses = self._column(self.documents, "rev", "_key", "_chunks", addresses=True)
         return rev, key, chunks
 
     @cached_property
     def _by_key(self) -> tuple[np.ndarray, np.ndarray]:
-        order = np.argsort(self._rows[1], kind="stable")
+        order = np.argsort(self._rows[1])
         return self._rows[1][order], order
 
     @cached_property
@@ -235,6 +236,9 @@ class View:
 
     def _take(self, dataset, positions: Sequence[int], columns: list[str]):
         with tables.guard(lambda e: self._lost(dataset, e)):
+            if dataset is self.documents and len(self._rows[0]):
+                # by address: in a table that lost rows, Lance takes a millisecond to find out what each position is
+                return dataset._take_rows(self._addresses[np.asarray(positions, np.int64)].tolist(), columns=columns)
             return dataset.take(list(positions), columns=columns)
 
     def sources(self, revs: np.ndarray, keep: bool = True) -> dict[int, Source]:
