@@ -2,8 +2,8 @@
 4.2, greedy merging). It stands for as many tokens as it took in, and enters p_kNN with s + ln of their number (how/output.py).
 
 Merging never crosses a document, and depends on nothing but the document's own rows: so a removed document takes away exactly what
-it brought, and a store that never held it gives the same bits. A merged token store stands beside the one it was made from; documents
-that are added later are not merged until it is made anew.
+it brought, and a store that never held it gives the same bits. A merged token store stands beside the one it was made from;
+documents that are added later are not merged until it is made anew.
 
     tokens/NAME/PART/merged.npy  int32 [N, 2]    position in the document, tokens it stands for; of parts with merged rows"""
 
