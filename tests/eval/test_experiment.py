@@ -49,3 +49,10 @@ def test_wikitext_is_cut_at_its_articles(tmp_path):
     (tmp_path / "small.raw.txt.zst").write_bytes(zstandard.compress(text.encode()))
     found = list(experiment.texts({"source": "small.raw.txt.zst"}, tmp_path))
     assert [d.text[:7] for d in found] == ["= One =", "= Two ="] and "A part" in found[0].text
+
+
+def test_the_plot_is_a_picture(tmp_path):
+    pytest.importorskip("matplotlib", reason="plots need ralm[plot]")
+    rows = [{"how": "none", "share": 1.0, "ppl": 90.0}, *({"how": KNN, "share": s, "ppl": p} for s, p in ((0.1, 60.0), (1.0, 30.0)))]
+    experiment.plot(rows, tmp_path / "out.png", "small")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
