@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ralm.errors import CapabilityError, RalmError, UsageError
-from ralm.how.output import asking, innermost
+from ralm.how.output import asking, bound, innermost
 from ralm.types import Answer, Done, Event, Evidence, Fusion, Hits, Retriever, Schedule, Scored, Segment
 from ralm.when import EveryN, Never, Once, pieces, plan, schedule, window_of, windows
 
@@ -93,8 +93,7 @@ class RALM:
         if self.tokens.lm is None:
             raise UsageError("the token store was opened without a model, so nobody checked that it was made by this one; open it "
                              "with TokenStore(store, lm)")
-        if bound := getattr(self.how, "bound", None):
-            self.how = bound(self.tokens)
+        self.how = bound(self.how, self.tokens)
 
     @property
     def store(self):

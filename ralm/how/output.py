@@ -278,3 +278,10 @@ def asking(how: Any, what: str) -> Any:
     while how is not None and not (how.how == "output" and getattr(how, "asks", how.what) == what):
         how = getattr(how, "inner", None)
     return how
+
+
+def bound(how: Any, tokens: TokenStore) -> Any:
+    """A fusion whose parts know the token store they ask (`Interpolate.bound`), wherever they stand."""
+    if (inner := getattr(how, "inner", None)) is not None and (other := bound(inner, tokens)) is not inner:
+        how = replace(how, inner=other)
+    return how.bound(tokens) if hasattr(how, "bound") else how

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from ralm.errors import UsageError  # noqa: E402
+from ralm.errors import StoreError, UsageError  # noqa: E402
 from ralm.how import fusion  # noqa: E402
 from ralm.how.input import Prepend  # noqa: E402
 from ralm.how.output import Interpolate  # noqa: E402
@@ -185,6 +185,17 @@ def test_a_batch_is_its_rows(store, tokens, lm, ids):
             ((_, both),) = ralm.how.logprobs(lm, torch.tensor([ids, other]), [Segment(0, len(ids), None)], _Fetch(run, 0), store)
         for row, text in zip(both, (ids, other)):
             assert (row - ralm.distributions(text)).abs().max() < 2e-4
+
+
+def test_the_token_store_is_told_to_what_stands_below(store, lm):
+    """A kNN-LM under another fusion at the output is checked against its token store, and gets its gate, as one above is."""
+    from ralm.how.output import bound
+
+    by_product = TokenStore.build(store, lm, "product", metric="ip")
+    with pytest.raises(UsageError, match="metric=l2"):
+        bound(fusion("knn:lam=rrc+infgram"), by_product)
+    with pytest.raises(StoreError, match="no gate"):
+        bound(fusion("knn:lam=learned+infgram"), by_product)
 
 
 def test_prepend_still_reads(store, bm25, lm, ids):
