@@ -1,8 +1,8 @@
 """Beam search over the system's distribution: the continuations of largest ln p / tokens ^ length_penalty.
 
-The rules are those of transformers (5.x, early_stopping=False), so that with how="none" the two agree: of the 2 B best continuations
-of all beams those among the first B that end are finished, the best B that do not end go on, and it is over when B are finished and
-the best beam, divided by its present length, is no better than the worst of them."""
+The rules are those of transformers (5.x, early_stopping=False), so that with how="none" the two agree: of the 2 B best
+continuations of all beams those among the first B that end are finished, the best B that do not end go on, and it is over when B
+are finished and the best beam, divided by its present length, is no better than the worst of them."""
 
 from __future__ import annotations
 

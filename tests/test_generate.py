@@ -1,17 +1,13 @@
 """Drawing texts: what is streamed is what is scored; batches, beams and speculation change how fast, never what."""
 
-import itertools
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from ralm.errors import CapabilityError, UsageError  # noqa: E402
-from ralm.how.rows import PrefixCache  # noqa: E402
 from ralm.lm.hf import HF  # noqa: E402
 from ralm.model import RALM  # noqa: E402
-from ralm.testing import distance  # noqa: E402
 from ralm.types import Done, Retrieved, Token  # noqa: E402
 from ralm.what.token_store import TokenStore  # noqa: E402
 
@@ -33,7 +29,8 @@ def made(tiny, store, bm25):
             key = "ffn_in" if kind not in ("bloom", "lfm2") else "hidden"
             stores[kind] = TokenStore.build(store, lms[kind], f"generate-{kind}", key=key, index=index)
         reads, knn = "prepend" in how or "ensemble" in how, "knn" in how
-        return RALM(lms[kind], bm25 if reads else None, how=how, when=when if reads else "once", tokens=stores[kind] if knn else None)
+        return RALM(lms[kind], bm25 if reads else None, how=how, when=when if reads else "once",
+                    tokens=stores[kind] if knn else None)
 
     return make
 

@@ -19,6 +19,7 @@ from ralm.index.compiled import compiled, summing
 
 BLOCK, DEVICE_BLOCK = 16_384, 262_144  # rows of one matrix product; on a GPU
 QUERIES = 512  # queries of one matrix product
+FEW, GROUP = 32, 8  # queries compared without a library, and how many at once
 CACHE = 1 << 30  # bytes of widened copies kept
 METRICS = ("l2", "ip")
 NONE, NOTHING = np.zeros(0, bool), 0xFFFFFFFF  # no filter; the row that is none
@@ -61,6 +62,30 @@ def _offer(s_QB, first, allowed, best_QK, row_QK, held):
             best[i], row[i] = s, first + j
             root = best[0] if n == K else -np.inf
         held[q] = n
+
+
+@summing
+def _products(q_QD, x_BD, out_QB):
+    """q x^T, of few queries: a library's product packs the keys first, which costs more than comparing them."""
+    Q, D = q_QD.shape
+    for j in range(x_BD.shape[0]):
+        x, i = x_BD[j], 0
+        while i + 4 <= Q:  # a key is read once for four queries
+            a, b, c, e = q_QD[i], q_QD[i + 1], q_QD[i + 2], q_QD[i + 3]
+            s, t, u, v = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            for d in range(D):
+                s += a[d] * x[d]
+                t += b[d] * x[d]
+                u += c[d] * x[d]
+                v += e[d] * x[d]
+            out_QB[i, j], out_QB[i + 1, j], out_QB[i + 2, j], out_QB[i + 3, j] = s, t, u, v
+            i += 4
+        while i < Q:
+            a, s = q_QD[i], np.float32(0)
+            for d in range(D):
+                s += a[d] * x[d]
+            out_QB[i, j] = s
+            i += 1
 
 
 @summing
@@ -241,11 +266,21 @@ def candidates(keys: Keys, q_QD: np.ndarray, take: int, allowed: np.ndarray | No
         here = NONE if allowed is None else allowed[first:first + len(x)]
         if len(here) and not here.any():
             continue
-        s_QB = q_QD @ x.T
+        s_QB = _scores(q_QD, x)
         if l2:
             s_QB -= norms
         _offer(s_QB, first, here, best, rows, held)
     return rows, best
+
+
+def _scores(q_QD: np.ndarray, x_BD: np.ndarray) -> np.ndarray:
+    """q x^T [Q, B] in float32, summed in any order."""
+    if len(q_QD) > FEW:
+        return q_QD @ x_BD.T
+    out = np.empty((len(q_QD), len(x_BD)), np.float32)
+    for a in range(0, len(q_QD), GROUP):
+        _products(q_QD[a:a + GROUP], x_BD, out[a:a + GROUP])
+    return out
 
 
 def _candidates_on(keys: Keys, q_QD: np.ndarray, take: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

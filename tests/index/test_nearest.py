@@ -48,6 +48,21 @@ def test_exact_is_brute_force(seed, metric, int8, k, dim):
 
 
 @pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_however_many_ask_each_gets_the_same_bits(metric, monkeypatch):
+    """Few queries are compared by our own loop, many by a library's product: only candidates come of either."""
+    rng = np.random.default_rng(0)
+    keys, x = make(rng, 900, 37, metric=metric)
+    q = rng.normal(size=(nearest.FEW + 9, 37)).astype(np.float32)
+    assert np.allclose(nearest._scores(q[:13], x), q[:13] @ x.T, rtol=1e-4, atol=1e-4)
+    rows, d = nearest.exact(keys, q, 20)
+    for n in (1, 3, 8, 13, nearest.FEW):
+        some = nearest.exact(keys, q[:n], 20)
+        assert np.array_equal(some[0], rows[:n]) and np.array_equal(some[1], d[:n])
+    monkeypatch.setattr(nearest, "FEW", 0)
+    assert np.array_equal(nearest.exact(keys, q[:5], 20)[1], d[:5])
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
 @pytest.mark.parametrize("int8", [False, True])
 def test_the_way_a_gpu_goes_gives_the_same(metric, int8, monkeypatch):
     """The torch path, run on the CPU: same rows, same distances."""
