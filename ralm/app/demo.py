@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     from ralm.model import RALM
     from ralm.types import Answer
     from ralm.what.datastore import Datastore
+    from ralm.what.token_store import TokenStore
 
 HELD_OUT = 40  # every 40th document is kept out of the datastore, for perplexity
 SCORED = 48  # of them, as many are scored as the minutes allow
 RETRIEVER = "hybrid"
 HOW, WHEN = "prepend:k=1,tokens=200", "every:16"
+KNN = "knn:k=1024,lam=0.55,temperature=20"  # of kNN-LM, tuned on documents that are neither stored nor scored
+NEAR = 180_000  # characters of the datastore whose tokens it keeps: what is read in seconds
+SENTENCE = 240  # characters of the text that is attributed, about
 
 # (question, the answers that count): written from the documentation
 QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -163,9 +167,12 @@ def measure(script: Script, kb: Datastore, held: Sequence[Document]) -> None:
 
     base = RALM("bundled:base")
     few = sorted(held, key=lambda d: d.id)[:: max(1, len(held) // SCORED)][:SCORED]
-    script.step(f"Perplexity of {count(len(few), 'held-out document')}, alone and with retrieval at the input")
-    helped = replace(base, retriever=retriever("bm25", kb), how=HOW, when=WHEN)
-    systems = {"bundled:base alone": base, f"with bm25, {HOW}, {WHEN}": helped}
+    script.step(f"Perplexity of {count(len(few), 'held-out document')}: bundled:base was trained on books and Wikipedia")
+    near = some_tokens(script, kb, base.lm)
+    knn = replace(base, tokens=near, how=KNN)
+    systems = {"bundled:base alone": base,
+               f"passages at the input: bm25, {HOW}, {WHEN}": replace(base, retriever=retriever("bm25", kb), how=HOW, when=WHEN),
+               f"{len(near):,} tokens at the output: {KNN}": knn}
     rows, data = [], {}
     for name, system in systems.items():
         scored = evaluate_perplexity(system, few)
@@ -175,6 +182,38 @@ def measure(script: Script, kb: Datastore, held: Sequence[Document]) -> None:
     head = ("", "ppl per token", "bits per byte", "tokens", "time")
     script.say(*(f"   {line}" for line in table(rows, head, right=(1, 2, 3, 4))))
     script.data["perplexity"] = data
+    attribute(script, knn, few, *data.values())
+
+
+def some_tokens(script: Script, kb: Datastore, lm: Any) -> TokenStore:
+    """The tokens of every n-th document, in a datastore of their own beside the demo's, so that it is made while one waits."""
+    from ralm.what.datastore import Datastore
+    from ralm.what.token_store import TokenStore
+
+    began = time.perf_counter()
+    step = max(1, round(sum(len(d.text) for d in kb.documents()) / NEAR))
+    few = Datastore.build(kb.path.with_name(f"{kb.path.name}.tokens"), (d for n, d in enumerate(kb.documents()) if n % step == 0))
+    near = TokenStore.build(few, lm)
+    script.say(f"   a token store of {'every document' if step == 1 else f'one document in {step}'}: {count(len(near), 'token')}, "
+               f"nothing trained  {dim(duration(time.perf_counter() - began))}")
+    return near
+
+
+def attribute(script: Script, system: RALM, texts: Sequence[Document], alone: dict[str, Any], _: Any, knn: dict[str, Any]) -> None:
+    """The beginning of the document that neighbours helped most: which tokens, and where in the datastore they stood before."""
+    from ralm.app.explaining import as_json, gains, perplexities, token_lines
+
+    saved = [a["nats"] - b["nats"] for a, b in zip(alone["rows"], knn["rows"])]
+    document = max(zip(saved, range(len(saved)), texts))[2]
+    text = document.text[:SENTENCE].rpartition(" ")[0] if len(document.text) > SENTENCE else document.text
+    data = as_json(system, system.explain(text))
+    before, after = perplexities(data)
+    script.say("", f"   the beginning of {bold(document.title or document.id)}, perplexity {number(before, 1)} alone, "
+               f"{number(after, 1)} with neighbours; what helped most:")
+    gain = gains(data)
+    for i in sorted(range(len(gain)), key=lambda i: -gain[i])[:3]:
+        script.say(*(f"   {line}" for line in token_lines(data, i, gain[i])))
+    script.data["attributed"] = {"document": document.id, "text": text, **data}
 
 
 def add_and_remove(script: Script, kb: Datastore) -> None:

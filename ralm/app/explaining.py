@@ -139,7 +139,7 @@ def _lines(data: dict[str, Any], text: str) -> Iterator[str]:
     yield ""
     yield "what was moved most"
     for i in np.argsort(-np.abs(gain), kind="stable")[:SHOWN].tolist():
-        yield from _token_lines(data, i, gain[i])
+        yield from token_lines(data, i, gain[i])
     yield ""
     unit = "tokens supplied" if data["tokens"] and data["convention"].get("tokens") else "nats moved"
     rows = [[name, number(w, 3)] for name, w in list(data["documents"].items())[:SHOWN]]
@@ -148,7 +148,7 @@ def _lines(data: dict[str, Any], text: str) -> Iterator[str]:
         yield f"… and {len(data['documents']) - SHOWN:,} more (--json lists all)"
 
 
-def _token_lines(data: dict[str, Any], i: int, gain: float) -> Iterator[str]:
+def token_lines(data: dict[str, Any], i: int, gain: float) -> Iterator[str]:
     """One token: its probabilities, the end of what stands before it, and the neighbours that say the same."""
     token = data["tokens"][i]
     left = "".join(t["text"] for t in data["tokens"][max(0, i - 8):i])

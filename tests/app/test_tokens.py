@@ -111,6 +111,12 @@ def test_scoring_with_neighbours(ralm, made, folder, tiny):
     assert "TokenStore('default'" in text.out and "recall" in text.out and "--exclude-self" in text.err
 
 
+def test_a_copy_under_another_name_does_not_find_itself(ralm, made, folder, tiny, tmp_path):
+    (tmp_path / "copy.txt").write_text((folder / "moon.md").read_text())
+    data = ralm("score", made, tmp_path / "copy.txt", "--lm", tiny, "--how", "knn:k=8", "--exclude-self", "--json").json
+    assert data["rows"][0]["excluded"] == ["moon.md"] and data["tokens_searched"] == data["tokens"]
+
+
 def test_scoring_with_passages_and_neighbours(ralm, made, folder, tiny):
     data = ralm("score", made, folder / "moon.md", "--lm", tiny, "--how", "prepend:k=1+knn:k=4,lam=0.2,temperature=1",
                 "--when", "every:16", "--window", "128", "--exclude-self", "--json").json
