@@ -69,7 +69,7 @@ def follow(lm: Any, texts: Sequence[Sequence[int]], keys_BSD: np.ndarray, wanted
         live = [i for i, (_, p, end) in enumerate(lanes) if p + step < end]
         at = [(lanes[i][0], lanes[i][1] + step) for i in live]
         read = np.array([texts[b][p - 1] if p else -1 for b, p in at])
-        pointers = tokens.successors(held[live], read) if held.shape[1] else held[live]
+        pointers = _tight(tokens.successors(held[live], read)) if held.shape[1] else held[live]
         found = _step(tokens, keys_BSD, pointers, wanted_BS, k, least, ask, start, at)
         held = _set(held, live, found.rows)
         for i, (b, p) in enumerate(at):
@@ -96,8 +96,7 @@ def _step(tokens: TokenStore, keys_BSD: np.ndarray, pointers_LP: np.ndarray, wan
         d = np.where(rows < 0, np.inf, d)
         order = np.lexsort((np.where(rows < 0, np.iinfo(np.int64).max, rows), d))
         rows, d = np.take_along_axis(rows, order, 1)[:, :k], np.take_along_axis(d, order, 1)[:, :k]
-    counts = None if (counts := tokens.counts(rows)) is None else counts
-    found = Neighbours(rows, d, tokens.values(rows), counts)
+    found = Neighbours(rows, d, tokens.values(rows), tokens.counts(rows))
     if not len(searched):
         return found
     new = ask(keys_BSD[b[searched], s[searched]], k, [at[i][1] for i in searched.tolist()])
@@ -112,6 +111,15 @@ def _set(held: np.ndarray, lanes: Sequence[int] | np.ndarray, rows: np.ndarray, 
     out[:, :held.shape[1]] = held
     out[lanes] = fill
     out[np.asarray(lanes)[:, None], np.arange(rows.shape[1])] = rows
+    return out
+
+
+def _tight(rows: np.ndarray) -> np.ndarray:
+    """The rows there are, without those below 0 between them."""
+    there = rows >= 0
+    lane, _ = np.nonzero(there)
+    out = np.full((len(rows), int(there.sum(1).max(initial=0))), -1, np.int64)
+    out[lane, (np.cumsum(there, 1) - 1)[there]] = rows[there]
     return out
 
 

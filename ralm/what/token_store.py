@@ -45,11 +45,14 @@ class Neighbours:
         """The queries of all parts, in order, as wide as the widest."""
         if not parts:
             return Neighbours.empty(0)
-        wide, out = max(p.rows.shape[1] for p in parts), []
+        size, wide, out = sum(len(p.rows) for p in parts), max(p.rows.shape[1] for p in parts), []
         for name, fill in (("rows", -1), ("distances", np.inf), ("values", -1), ("counts", 1)):
             some = [getattr(p, name) for p in parts]
-            out.append(None if some[0] is None else np.concatenate(
-                [np.pad(a, ((0, 0), (0, wide - a.shape[1])), constant_values=fill) for a in some]))
+            out.append(None if some[0] is None else np.full((size, wide), fill, some[0].dtype))
+            at = 0
+            for a in some if some[0] is not None else ():
+                out[-1][at:at + len(a), :a.shape[1]] = a
+                at += len(a)
         return Neighbours(*out)
 
     @staticmethod
