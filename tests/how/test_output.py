@@ -66,8 +66,7 @@ def test_k_equal_n_is_a_softmax_over_everything(store, tokens, lm, ids, lam, tem
 
 
 @pytest.mark.parametrize("spec", ["knn:k=7,lam=0.4,temperature=2", "knn:k=7,lam=rrc,tau=0.3,alpha=0.8", "knn:k=5,lam=1",
-                                  "knn:k=7,skip=0.12", "knn:k=20,lam=0.4,automaton=3", "knn:k=9,automaton=2,skip=0.12",
-                                  "knn:k=5000,lam=0.3"])
+                                  "knn:k=7,skip=0.12", "knn:k=9,automaton=2,skip=0.12"])
 def test_the_laws_and_targets(tokens, lm, ids, spec):
     ralm = RALM(lm, tokens=tokens, how=spec)
     check_normalised(ralm, ids)
