@@ -229,7 +229,7 @@ class _Reading:
             h_BLmD = layout.chunks(x_BTD, held)
             h_NmD = h_BLmD.flatten(0, 1) if self.every else h_BLmD[self.b_N, self.u_N]
             adapter = self.retro.adapter
-            self.encoded = adapter.encoder(self.retro._embed(tokens), h_NmD.to(adapter.encoder.out.weight.dtype), mask)
+            self.encoded = adapter.encoder(self.retro._embed(tokens), h_NmD.to(adapter.encoder.blocks[0].norm1.weight.dtype), mask)
             self.visible_NS = torch.ones_like(tokens, dtype=torch.bool).flatten(1) if mask is None else mask.flatten(1)
             self.all_visible = mask is None
         if bool((layout.done_B > 0).any()):
