@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -12,6 +13,9 @@ from ralm.app.asking import speaking
 from ralm.app.options import LM, At, Files, StoreArg, Strict, TokensArg, Where, positive, skip
 from ralm.app.terminal import Output, bold, count, duration, number, table
 from ralm.errors import UsageError
+
+if TYPE_CHECKING:
+    from ralm.model import RALM
 
 SHOWN = 10  # settings listed
 
@@ -23,6 +27,8 @@ def knn(store: StoreArg, /, *files: Files, lm: LM = "bundled:base", tokens: Toke
         k: Annotated[str | None, Parameter(name="--k", help="Numbers of neighbours to try, separated by commas.")] = None,
         lam: Annotated[str | None, Parameter(help="Weights to try.")] = None,
         temperature: Annotated[str | None, Parameter(help="Temperatures to try.")] = None,
+        gate: Annotated[bool, Parameter(show_default=False, help="Also fit a weight for each token on these texts, for "
+                                        "lam=learned, and keep it with the token store.")] = False,
         window: Annotated[int | None, Parameter(help="Most tokens the model sees at once.")] = None,
         stride: Annotated[int | None, Parameter(help="Tokens predicted per window after the first.")] = None,
         retriever: options.Finder = "auto", where: Where = None, at: At = None, strict: Strict = False,
@@ -32,7 +38,8 @@ def knn(store: StoreArg, /, *files: Files, lm: LM = "bundled:base", tokens: Toke
 
     JSON: best {k, lam, temperature, nats_per_token, ppl, interval}, spec (for --how), model {nats_per_token, ppl}, gain,
     gain_interval, table [{k, lam, temperature, nats_per_token, ppl}], tokens, documents, searched, edges, seconds; lm, version,
-    skipped."""
+    skipped; with --gate: gate {spec, model, fixed, lam, early, late, spare, tokens, apart, seconds}, nats per token on a tenth
+    of the text that was kept apart."""
     from ralm.eval.tune import KS, LAMS, TEMPERATURES, tune_knn
     from ralm.how import fusion
     from ralm.how.output import Interpolate
@@ -47,11 +54,23 @@ def knn(store: StoreArg, /, *files: Files, lm: LM = "bundled:base", tokens: Toke
     texts = list(options.documents("tune knn", files, strict, skipped))
     system, kb = speaking(store, at, lm, how, when, retriever, where, window, tokens)
     found = tune_knn(system, texts, **tried, window=window, stride=stride)
-    below = how.rpartition("+")[0]
-    spec = f"{below}+{found['spec']}" if below else found["spec"]
-    data = found | {"spec": spec, "lm": lm, "version": kb.version, "skipped": [skip(s) for s in skipped]}
-    out.show(data, lambda: _lines(data, f"ralm score {store} … --lm {lm} --how {spec}"
-                                        + ("" if tokens == "default" else f" --tokens {tokens}")))
+    below = how.rpartition("+")[0] + "+" if "+" in how else ""
+    data = found | {"spec": below + found["spec"], "lm": lm, "version": kb.version, "skipped": [skip(s) for s in skipped]}
+    if gate:
+        data["gate"] = _gate(system, texts, found["best"], below, window, stride)
+    named = "" if tokens == "default" else f" --tokens {tokens}"
+    out.show(data, lambda: _lines(data, f"ralm score {store} … --lm {lm}{named} --how "))
+
+
+def _gate(system: RALM, texts: list[Any], best: dict[str, Any], below: str, window: int | None,
+          stride: int | None) -> dict[str, Any]:
+    """Fit the gate for the k and temperature that were chosen, and keep it with the token store."""
+    from ralm.train.gate import fit_gate
+
+    how = replace(system.how, k=best["k"], temperature=best["temperature"], lam=best["lam"])
+    fitted = fit_gate(replace(system, how=how), texts, window=window, stride=stride)
+    spec = f"{below}knn:k={best['k']},lam=learned,temperature={best['temperature']:g}"
+    return {"spec": spec} | {k: v for k, v in fitted.items() if k != "gate"}
 
 
 def _values(name: str, given: str | None, kind: Callable[[str], Any], usual: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -78,4 +97,9 @@ def _lines(data: dict[str, Any], command: str) -> Iterator[str]:
                       for r in rows], ["k", "lam", "temperature", "nats per token", "perplexity"], right=range(5))
     for name in data["edges"]:
         yield f"the best {name} is at the end of what was tried; try --{name} beyond {best[name]:g}"
-    yield command
+    yield command + data["spec"]
+    if g := data.get("gate"):
+        learned = g["early"] if g["late"] is None else g["late"]
+        yield (f"a weight for each token, on {count(g['apart'], 'token')} kept apart: {number(learned)} nats a token, one for "
+               f"all {number(g['fixed'])}, the model {number(g['model'])}; kept with the token store")
+        yield command + g["spec"]

@@ -219,3 +219,16 @@ def test_a_stopped_build_goes_on(ralm, tmp_path, sent, code, tiny):
     kept = ralm("show", kb, "--json").json["token_stores"][0]["rows"]
     data = ralm("tokens", kb, "--lm", tiny, "--json", "-q").json
     assert data["added"] == data["rows"] - kept and kept > 0 and data["added"] > 0
+
+
+def test_a_datastore_without_text_has_a_token_store_without_tokens(ralm, folder, tmp_path, tiny):
+    (tmp_path / "one.txt").write_text("Only this.")
+    ralm("build", tmp_path / "kb", tmp_path / "one.txt", "-q")
+    ralm("remove", tmp_path / "kb", "--id", "one.txt", "-q")
+    ralm("compact", tmp_path / "kb", "--purge", "-q")
+    ran = ralm("tokens", tmp_path / "kb", "--lm", tiny, "--json")
+    assert (ran.json["rows"], ran.json["added"]) == (0, 0) and "no text" in ran.err
+    args = ["score", tmp_path / "kb", folder / "moon.md", "--lm", tiny, "--json"]
+    assert ralm(*args, "--how", "knn").json["nats_per_token"] == ralm(*args).json["nats_per_token"]
+    data = ralm("explain", tmp_path / "kb", "Nothing is here.", "--lm", tiny, "--how", "knn", "--json").json
+    assert data["documents"] == {} and all(t["p_knn"] is None and t["neighbours"] == [] for t in data["tokens"])

@@ -33,6 +33,23 @@ def test_text_names_the_command_and_the_edges(ralm, held, folder, tiny):
     assert "at the end of what was tried" in out and "try --lam" in out
 
 
+def test_a_gate_is_fitted_and_used(ralm, held, folder, tiny, tmp_path):
+    missing = ralm("score", held, folder / "moon.md", "--lm", tiny, "--how", "knn:k=4,lam=learned", "-q")
+    assert missing.code == 1 and "ralm tune knn --gate" in missing.err
+    (tmp_path / "long.txt").write_text(" ".join(f"The tower number {i} is {i % 7} metres high, on the Moon." for i in range(160)))
+    ran = ralm("tune", "knn", held, tmp_path / "long.txt", "--lm", tiny, "--k", "8", "--lam", "0.3", "--temperature", "3", "--gate",
+               "--json")
+    gate = ran.json["gate"]
+    assert gate.keys() >= {"spec", "model", "fixed", "lam", "early", "late", "spare", "tokens", "apart"} and gate["apart"] > 0
+    data = ralm("score", held, folder / "moon.md", "--lm", tiny, "--how", gate["spec"], "--json").json
+    assert "lam='learned'" in data["convention"]["how"]
+    assert ralm("doctor", held, "-q").code == 0
+    made = ralm("explain", held, "The Moon.", "--lm", tiny, "--how", gate["spec"], "--json").json
+    assert all(t["p_knn"] is not None for t in made["tokens"])
+    short = ralm("tune", "knn", held, folder / "moon.md", "--lm", tiny, "--k", "8", "--gate", "-q")
+    assert short.code == 2 and "more text" in short.err
+
+
 def test_what_stands_below_is_kept(ralm, held, folder, tiny):
     data = ralm("tune", "knn", held, folder / "moon.md", "--lm", tiny, *TRIED, "--how", "prepend:k=1,tokens=64+knn", "--when",
                 "every:16", "--json").json
