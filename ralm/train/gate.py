@@ -60,11 +60,13 @@ def fit_gate(ralm: RALM, texts: Sequence[Document | str | tuple[str, str]], neig
     """Fit the gate for `ralm.how` (its k and temperature) and keep it with the token store, for lam=learned.
 
     texts: held-out ones; what is measured with the gate must be another text still. neighbours: the weight may look at what was
-    found (whether to search never does). l1: of the gate that decides about searches. keep: False only measures.
+    found (whether to search never does), where that is better on the text kept apart. l1: of the gate that decides about searches.
+    keep: False only measures.
 
     Returns nats per token on the tenth that was kept apart: {"model", "fixed" (the best single weight, chosen there: what the gate
-    must beat), "lam", "early", "late" (None without neighbours), "spare": {share: nats per token}, "tokens", "apart", "seconds",
-    "gate"}. Raises UsageError for less than APART pieces of text, or a system without neighbours."""
+    must beat), "lam", "early", "late" (None without neighbours), "weight": which of the two gives the weight, "spare": {share: nats
+    per token}, "tokens", "apart", "seconds", "gate"}. Raises UsageError for less than APART pieces of text, or a system without
+    neighbours."""
     began, how = time.perf_counter(), ralm.how
     if not isinstance(how, Interpolate) or how.k < 1:
         raise UsageError(f"{how!r} has no neighbours to weigh; use how=knn:k=…,temperature=…")
@@ -79,13 +81,16 @@ def fit_gate(ralm: RALM, texts: Sequence[Document | str | tuple[str, str]], neig
     settings = dict(layers=layers, width=width, dropout=dropout, rate=rate, batch=batch, epochs=epochs, seed=seed)
     early = train(fit, apart, False, l1=l1, **settings)
     late = train(fit, apart, True, l1=0.0, **settings) if neighbours else None
+    told = {name: None if net is None else _nats(net, apart, name == "late") for name, net in (("early", early), ("late", late))}
+    late = late if late and told["late"] < told["early"] else None
     with torch.inference_mode():
         levels = torch.quantile(early(fit.model), torch.linspace(0, 1, 101))
     gate = Gate(early, late, levels, fitted_for(ralm.tokens, how) | {"tokens": len(found), "inner": repr(how.inner)})
     if keep:
         gate.save(ralm.tokens)
+    told["weight"] = "late" if late else "early"
     sizes = {"tokens": len(found), "apart": len(apart)}
-    return _measured(gate, apart) | sizes | {"seconds": time.perf_counter() - began, "gate": gate}
+    return _measured(gate, apart) | told | sizes | {"seconds": time.perf_counter() - began, "gate": gate}
 
 
 def examples(ralm: RALM, texts: Sequence[Document | str | tuple[str, str]], neighbours: bool, window: int | None,
@@ -141,19 +146,21 @@ def train(fit: Examples, apart: Examples, late: bool, *, layers: int, width: int
     return best[1]
 
 
+def _nats(net: Net, apart: Examples, late: bool) -> float:
+    with torch.inference_mode():
+        return float(loss(net(apart.features(late)), apart))
+
+
 def _measured(gate: Gate, apart: Examples) -> dict[str, Any]:
-    """Nats per token of the tokens kept apart: the model, one weight for all, the gates, and with a share of searches spared."""
+    """Nats per token of the tokens kept apart: the model, one weight for all, and the gate with a share of searches spared."""
     lm, knn = apart.logp_lm.double().numpy(), apart.logp_knn.double().numpy()
     fixed = {lam: -mixed(lm, np.exp(knn), lam).mean() for lam in np.linspace(0.02, 0.98, 49)}
     lam = min(fixed, key=fixed.get)
     with torch.inference_mode():
         early = gate.early(apart.model).double().numpy()
-        late = None if gate.late is None else gate.late(apart.features(True)).double().numpy()
-    used = early if late is None else late
+        used = early if gate.late is None else gate.late(apart.features(True)).double().numpy()
     levels = gate.levels.double().numpy()
     spare = {share: -np.where(early > levels[round(100 * share)], mixed(lm, np.exp(knn), used), lm).mean()
              for share in (0.0, 0.25, 0.5, 0.75, 0.9)}
-    gates = {name: None if w is None else float(-mixed(lm, np.exp(knn), w).mean())
-             for name, w in (("early", early), ("late", late))}
-    return {"model": float(-lm.mean()), "fixed": float(fixed[lam]), "lam": float(lam), **gates,
+    return {"model": float(-lm.mean()), "fixed": float(fixed[lam]), "lam": float(lam),
             "spare": {share: float(nats) for share, nats in spare.items()}}
