@@ -15,7 +15,7 @@ from cyclopts import Parameter
 
 from ralm import progress
 from ralm.app.asking import answer_lines, cited
-from ralm.app.terminal import Output, bold, count, dim, duration, number, table
+from ralm.app.terminal import Output, bold, count, dim, duration, number, table, wrapped
 from ralm.types import Document
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ RETRIEVER = "hybrid"
 HOW, WHEN = "prepend:k=1,tokens=200", "every:16"
 KNN = "knn:k=1024,lam=0.55,temperature=20"  # of kNN-LM, tuned on documents that are neither stored nor scored
 NEAR = 180_000  # characters of the datastore whose tokens it keeps: what is read in seconds
-SENTENCE = 240  # characters of the text that is attributed, about
+SENTENCE, LOOKED_AT = 240, 6  # characters of the text that is attributed, of the best of so many
 
 # (question, the answers that count): written from the documentation
 QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -200,18 +200,22 @@ def some_tokens(script: Script, kb: Datastore, lm: Any) -> TokenStore:
 
 
 def attribute(script: Script, system: RALM, texts: Sequence[Document], alone: dict[str, Any], _: Any, knn: dict[str, Any]) -> None:
-    """The beginning of the document that neighbours helped most: which tokens, and where in the datastore they stood before."""
+    """The beginning of a document that neighbours helped much: which tokens, and where in the datastore they stood before."""
     from ralm.app.explaining import as_json, gains, perplexities, token_lines
 
-    saved = [a["nats"] - b["nats"] for a, b in zip(alone["rows"], knn["rows"])]
-    document = max(zip(saved, range(len(saved)), texts))[2]
-    text = document.text[:SENTENCE].rpartition(" ")[0] if len(document.text) > SENTENCE else document.text
-    data = as_json(system, system.explain(text))
+    saved = [(a["nats"] - b["nats"]) / a["tokens"] for a, b in zip(alone["rows"], knn["rows"])]
+    told = []
+    for i in sorted(range(len(texts)), key=lambda i: -saved[i])[:LOOKED_AT]:
+        text = texts[i].text[:SENTENCE].rpartition(" ")[0] if len(texts[i].text) > SENTENCE else texts[i].text
+        told.append((texts[i], text, as_json(system, system.explain(text))))
+    document, text, data = max(told, key=lambda t: perplexities(t[2])[0] / perplexities(t[2])[1])
     before, after = perplexities(data)
     script.say("", f"   the beginning of {bold(document.title or document.id)}, perplexity {number(before, 1)} alone, "
-               f"{number(after, 1)} with neighbours; what helped most:")
+               f"{number(after, 1)} with neighbours; what helped most, and where it stands:")
+    script.say(*(f"   {line}" for line in wrapped(text, "  ")))
     gain = gains(data)
-    for i in sorted(range(len(gain)), key=lambda i: -gain[i])[:3]:
+    said = [t["text"].strip().isalpha() and any(n["target"] == t["text"] for n in t["neighbours"]) for t in data["tokens"]]
+    for i in sorted(range(len(gain)), key=lambda i: (not said[i], -gain[i]))[:3]:
         script.say(*(f"   {line}" for line in token_lines(data, i, gain[i])))
     script.data["attributed"] = {"document": document.id, "text": text, **data}
 

@@ -27,5 +27,5 @@ def test_neighbours_help_a_model_that_never_saw_documentation(tmp_path, monkeypa
     assert data["documents"] and all(stored[n["document"]].startswith(n["target"], n["start"])
                                      for t in data["tokens"] for n in t["neighbours"])
     out = capsys.readouterr().out
-    assert "tokens at the output" in out and "with neighbours; what helped most" in out and out.count("weight") == 3
+    assert "tokens at the output" in out and "with neighbours; what helped most, and where" in out and out.count("weight") == 3
     assert len(Datastore.open(tmp_path / "kb.tokens")) < len(kb)
