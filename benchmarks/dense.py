@@ -130,8 +130,8 @@ def exact_search(rows: int) -> None:
         whole = x_ND.astype(np.float32)
         flat, turned = faiss.IndexFlatIP(x_ND.shape[1]), torch.from_numpy(whole).T
         flat.add(whole)
-        print(f"{rows} vectors of {x_ND.shape[1]}; ralm holds {x_ND.nbytes >> 20} MB mapped and at most {exact.CACHE >> 20} MB of "
-              f"copies, FAISS and torch {whole.nbytes >> 20} MB each")
+        print(f"{rows} vectors of {x_ND.shape[1]}; ralm holds {x_ND.nbytes >> 20} MB mapped, FAISS and torch "
+              f"{whole.nbytes >> 20} MB each")
         for k in (10, 100):
             ours, theirs = exact.top(stored, q_QD, k, None)[0], flat.search(q_QD, k)[1]
             print(f"k = {k}: {np.mean([np.isin(a, b).mean() for a, b in zip(ours, theirs)]):.5f} of the hits are FAISS's")
@@ -176,11 +176,12 @@ def alone(leaf, kind):
         return lambda q: index.search(q, 10)[1]
     index, n = leaf.near.index, leaf.near.effort
     if kind == "hnsw":
-        return lambda q: index.search(q, 10, params=faiss.SearchParametersHNSW(efSearch=n))[1]
-    k = 10 * ann.FACTOR if kind == "ivfpq" else 10
+        parameters = faiss.SearchParametersHNSW(efSearch=n)
+        return lambda q: index.search(q, 10, params=parameters)[1]
+    k, parameters = 10 * ann.FACTOR if kind == "ivfpq" else 10, faiss.SearchParametersIVF(nprobe=n)
 
     def search(q):
-        rows = index.search(q, k, params=faiss.SearchParametersIVF(nprobe=n))[1]
+        rows = index.search(q, k, params=parameters)[1]
         return rows if kind == "ivf" else exact.score(leaf.rows, q, rows, 10)[0]  # re-ranked too: recall is compared as well
 
     return search

@@ -14,7 +14,7 @@ manifest's facts. Scores never come from codes: hits of every kind are scored wi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ class Allowed:
     def __init__(self, mask: np.ndarray):
         self.mask, self.count = mask, int(np.count_nonzero(mask))
         self._selectors: dict[int, Any] = {}
+        self.parameters: dict[tuple[int, int], Any] = {}  # of the one index these rows belong to, by k and effort
 
     @cached_property
     def filter(self) -> np.ndarray | None:
@@ -82,21 +83,31 @@ class Ann:
     index: Any
     rows: int
     effort: int
+    _parameters: dict[tuple[int, int], Any] = field(default_factory=dict)
 
     def search(self, q_QD: np.ndarray, k: int, allowed: Allowed | None = None, effort: int | None = None) -> np.ndarray:
         """The effort is raised as the filter gets narrower."""
+        effort = effort or self.effort
+        kept = self._parameters if allowed is None or allowed.filter is None else allowed.parameters
+        parameters = kept.get((k, effort))
+        if parameters is None:
+            if len(kept) > 64:
+                kept.clear()
+            parameters = kept[k, effort] = self._made(k, effort, allowed)
+        width = FACTOR * k if self.kind == "ivfpq" else k
+        return self.index.search(q_QD, min(width, self.rows), params=parameters)[1]
+
+    def _made(self, k: int, effort: int, allowed: Allowed | None):
+        """FAISS's object of parameters; making one takes as long as a tenth of a search."""
         import faiss
 
-        effort, options = effort or self.effort, {}
+        options = {}
         if allowed is not None and allowed.filter is not None:
             options["sel"], n = allowed.selector(self.rows)
             effort = min(-int(-effort * self.rows // max(1, n)), 16 * effort)
         if self.kind == "hnsw":
-            width, parameters = k, faiss.SearchParametersHNSW(efSearch=max(effort, k), **options)
-        else:
-            width = k if self.kind == "ivf" else FACTOR * k
-            parameters = faiss.SearchParametersIVF(nprobe=min(effort, self.index.nlist), **options)
-        return self.index.search(q_QD, min(width, self.rows), params=parameters)[1]
+            return faiss.SearchParametersHNSW(efSearch=max(effort, k), **options)
+        return faiss.SearchParametersIVF(nprobe=min(effort, self.index.nlist), **options)
 
 
 def open_index(folder: Path, now: manifest.Manifest, rows) -> Ann | None:

@@ -95,6 +95,8 @@ class View:
         self.leaves = [Leaf(part, offset, wish) for part, offset in leaves(store)]
 
     def search(self, encode, queries: int, k: int, allowed: np.ndarray, effort: int | None) -> Hits:
+        if len(self.leaves) == 1 and len(self.leaves[0].rows):
+            return self.leaves[0].search(encode(self.leaves[0]), k, allowed, effort)
         ids, scores, made = [], [], {}
         for leaf in self.leaves:
             fingerprint = leaf.now.settings["fingerprint"]
@@ -107,8 +109,6 @@ class View:
             scores.append(found.scores)
         if not ids:
             return Hits.empty(queries, k)
-        if len(ids) == 1:
-            return Hits(ids[0], scores[0])
         return best(np.concatenate(ids, 1), np.concatenate(scores, 1), k)
 
 
@@ -168,28 +168,32 @@ class Leaf:
 
     def search(self, q_QD: np.ndarray, k: int, allowed: np.ndarray, effort: int | None) -> Hits:
         allowed = self.filter(allowed)
-        n, known = allowed.count, np.flatnonzero((q_QD != 0).any(1))
-        out = Hits.empty(len(q_QD), k)
-        if not n or not len(known):
-            return out
-        width, q_QD = min(k, n), np.ascontiguousarray(q_QD[known], np.float32)
-        if self.near is None or n <= max(NARROW, 2 * k):
-            rows, scores = exact.top(self.rows, q_QD, width, allowed.filter)
-        else:
-            rows, scores = self._near(q_QD, width, allowed, effort)
-        out.ids[known, :width] = np.where(rows >= 0, self.ids[rows], -1)
-        out.scores[known, :width] = scores
+        if not allowed.count:
+            return Hits.empty(len(q_QD), k)
+        if self.near is None or allowed.count <= max(NARROW, 2 * k):
+            return self._exact(q_QD, k, allowed)
+        return self._near(q_QD, k, allowed, effort)
+
+    def _exact(self, q_QD: np.ndarray, k: int, allowed: ann.Allowed) -> Hits:
+        out, width = Hits.empty(len(q_QD), k), min(k, allowed.count)
+        rows, scores = exact.top(self.rows, q_QD, width, allowed.filter)
+        out.ids[:, :width] = np.where(rows >= 0, self.ids[rows], -1)
+        out.scores[:, :width] = scores
         return out
 
-    def _near(self, q_QD: np.ndarray, k: int, allowed: ann.Allowed, effort: int | None) -> tuple[np.ndarray, np.ndarray]:
+    def _near(self, q_QD: np.ndarray, k: int, allowed: ann.Allowed, effort: int | None) -> Hits:
         """Candidates of the FAISS index and of the tail it does not cover; exact for queries that get fewer than k."""
-        near, mask = self.near.search(q_QD, k, allowed, effort), allowed.filter
-        tail = exact.top(self.rows, q_QD, k, mask, self.near.rows)[0] if self.near.rows < len(self.rows) else near[:, :0]
-        rows, scores = exact.score(self.rows, q_QD, np.concatenate([near, tail], 1), k)
-        short = np.flatnonzero((rows < 0).any(1))
-        if len(short):
-            rows[short], scores[short] = exact.top(self.rows, q_QD[short], k, mask)
-        return rows, scores
+        width = min(k, allowed.count)
+        near = self.near.search(q_QD, width, allowed, effort)
+        if self.near.rows < len(self.rows):
+            near = np.concatenate([near, exact.top(self.rows, q_QD, width, allowed.filter, self.near.rows)[0]], 1)
+        ids, scores, found = exact.score(self.rows, q_QD, near, k, self.ids)
+        if found < width:
+            short = np.flatnonzero((ids[:, width - 1] < 0) & (q_QD != 0).any(1))
+            if len(short):
+                right = self._exact(q_QD[short], k, allowed)
+                ids[short], scores[short] = right.ids, right.scores
+        return Hits(ids, scores)
 
 
 def best(ids: np.ndarray, scores: np.ndarray, k: int) -> Hits:

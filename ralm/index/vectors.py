@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,11 @@ class Rows:
             here = part == i
             out[here] = self.maps[i][rows[here] - self.starts[i]]
         return out
+
+    @cached_property
+    def bits(self) -> list[tuple[int, np.ndarray]]:
+        """(first row, uint16 [n, D]) of every part, as compiled loops read float16; plain arrays: a memmap costs every call."""
+        return [(start, np.asarray(m).view(np.uint16)) for start, m in zip(self.starts.tolist(), self.maps) if len(m)]
 
     def slices(self, first: int, stop: int, size: int):
         """(first row, float16 [n, D]) over the rows [first, stop), at most `size` at a time, never across parts."""
