@@ -18,7 +18,8 @@ from ralm.app.terminal import Output, bold, count, duration, facts, size, table
 from ralm.errors import StoreError
 
 EXTRAS = {"lm": "language models, the reader, dense search", "remote": "models behind an OpenAI-compatible server",
-          "pdf": "PDF files", "files": "HTML and DOCX files, markdown-aware splitting", "eval": "retrieval measures"}
+          "pdf": "PDF files", "files": "HTML and DOCX files, markdown-aware splitting", "eval": "retrieval measures",
+          "suffix": "infini-grams", "plot": "plots"}
 
 def doctor(store: Annotated[Path | None, Parameter(name="STORE", help="Also read and verify this datastore.")] = None, /, *,
            lm: Annotated[str | None, Parameter(help="Also load this model and say what it gives (a server is probed).")] = None,
