@@ -310,6 +310,9 @@ def answering(store: Path, at: int | None, lm: str, how: str | None, when: str, 
     from ralm.when import schedule
 
     way, times = fusion(how or "prepend"), schedule(when)
+    if way.how == "output":
+        raise UsageError(f"questions are answered from passages, --how {how} mixes at the output; use prepend or ensemble, or ralm "
+                         f"generate --how {how}")
     _, finder = opened(store, at, retriever)
     model = load(lm)
     if "spans" in model.gives:

@@ -65,6 +65,7 @@ WRONG = [
     ("score {kb} {folder}/moon.md --lm {lm} --how knn:lam=2", "0..1"),
     ("score {kb} {folder}/moon.md --lm {lm} --how knn:temp=2", "temperature"),
     ("score {kb} {folder}/moon.md --lm {lm} --how knn --tokens a/b", "a/b"),
+    ("ask {kb} who --lm {lm} --how knn", "passages"),
     ("explain {kb} hello --lm {lm} --how knn:k=-1", "k="),
     ("explain {kb} hello --lm {lm} --how none", "--how"),
     ("explain {kb} hello --lm {lm} --how knn --html {new}/x.html", "no folder"),
