@@ -1,4 +1,4 @@
-"""Taking books out (the opt-out experiment of SILO, Min et al. 2023, section 5.3): what an author's other book costs a model with a
+"""Taking books out (the opt-out experiment of SILO, Min et al. 2023): what an author's other book costs a model with a
 token store of many books, with one book of the author less, and with none of the author's left.
 
     python -m ralm.eval.removal recipes/knnlm_removal.toml [--data ../shared/data] [--work FOLDER] [--json]
