@@ -9,6 +9,7 @@ documents that are added later are not merged until it is made anew.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,12 +31,15 @@ FILE = "merged.npy"
 RUN = 32_768  # rows of a document that are compared with each other; a longer one is merged run by run
 
 
-def merged(tokens: TokenStore, name: str, absorb: int = 9, near: int = 30) -> TokenStore:
+def merged(tokens: TokenStore, name: str, absorb: int = 9, near: int = 30, radius: float = math.inf) -> TokenStore:
     """A smaller token store `name` made from this one: each row takes in at most `absorb` rows of its value among its `near`
-    nearest in the document. Raises UsageError where the name is taken or the store is a union."""
+    nearest in the document, none farther than `radius` (a distance as `search` gives them: a few times the temperature; among the
+    few rows of a short document the nearest are not near). Raises UsageError where the name is taken or the store is a union."""
     from ralm.what.token_store import TokenStore
 
     whole(1, absorb=absorb, near=near)
+    if math.isnan(radius):
+        raise UsageError("radius=nan is no distance; use a number, or inf for none")
     if len(tokens.store.parts) != 1:
         raise UsageError("a union has no token store of its own; merge those of its datastores one by one, under one name")
     store = tokens.store.parts[0][0]
@@ -44,12 +48,12 @@ def merged(tokens: TokenStore, name: str, absorb: int = 9, near: int = 30) -> To
         raise UsageError(f"{new} is there already; choose another name, or delete the folder")
     with store.lock():
         now = manifest.load(old)
-        settings = dict(now.settings) | {"merged": f"{absorb} of {near} in '{old.name}'"}
+        settings = dict(now.settings) | {"merged": f"{absorb} of {near} within {radius} in '{old.name}'"}
         parts = [_copied(old, p, new) for p in now.parts if "projection.safetensors" in p.files]
         with progress.task("merge", total=sum(p.rows for p in now.parts), unit="rows") as advance:
             for part in now.parts:
                 if "documents.npy" in part.files:
-                    parts.append(_part(old, part, new, now, absorb, near, advance))
+                    parts.append(_part(old, part, new, now, (absorb, near, radius), advance))
                 elif part.stop:
                     parts.append(part)  # revisions without documents: it has no files
         manifest.commit(new, manifest.Manifest(now.kind, settings, now.store, now.split, tuple(parts)))
@@ -63,7 +67,7 @@ def _copied(old: Path, part: manifest.Part, new: Path) -> manifest.Part:
     return manifest.seal(path, part.first, part.stop, part.rows)
 
 
-def _part(old: Path, part: manifest.Part, new: Path, now: manifest.Manifest, absorb: int, near: int,
+def _part(old: Path, part: manifest.Part, new: Path, now: manifest.Manifest, limits: tuple[int, int, float],
           advance: Callable[[int], None]) -> manifest.Part:
     settings = dict(now.settings)
     step, writer, kept = token_build.Projection.load(old, now).step, token_build.Writer(new, part.first, settings["vocab"]), []
@@ -75,7 +79,7 @@ def _part(old: Path, part: manifest.Part, new: Path, now: manifest.Manifest, abs
             b = min(a + RUN, end)
             own = nearest.Keys([keys[a:b]], [norms[a:b]], settings["dim"], step, settings["metric"])
             count = where[a:b, 1].copy()
-            alive = _greedy(own, np.asarray(values[a:b], np.int64), count, absorb, near)
+            alive = _greedy(own, np.asarray(values[a:b], np.int64), count, *limits)
             rows.append(a + alive)
             counts.append(count[alive])
             advance(b - a)
@@ -88,11 +92,13 @@ def _part(old: Path, part: manifest.Part, new: Path, now: manifest.Manifest, abs
     return writer.seal(part.stop)
 
 
-def _greedy(keys: nearest.Keys, values: np.ndarray, count: np.ndarray, absorb: int, near: int) -> np.ndarray:
+def _greedy(keys: nearest.Keys, values: np.ndarray, count: np.ndarray, absorb: int, near: int,
+            radius: float) -> np.ndarray:
     """Rows that stay, ascending; `count` is brought up to date."""
     n = len(keys)
-    rows = np.concatenate([nearest.exact(keys, keys.take(np.arange(a, min(a + nearest.QUERIES, n))), min(near + 1, n))[0]
-                           for a in range(0, n, nearest.QUERIES)])
+    found = [nearest.exact(keys, keys.take(np.arange(a, min(a + nearest.QUERIES, n))), min(near + 1, n))
+             for a in range(0, n, nearest.QUERIES)]
+    rows = np.concatenate([np.where(d <= radius, r, -1) for r, d in found])
     order = np.random.default_rng(0).permutation(n)  # the same for every document of this length
     gone, took = np.zeros(n, np.bool_), np.zeros(n, np.int32)
     _absorb(rows, values, order, count, gone, took, absorb)

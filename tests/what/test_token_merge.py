@@ -99,3 +99,11 @@ def test_pointers_go_to_the_token_that_follows(kb, lm):
         there = [r for r, p in enumerate(places) if p[:3] == (places[row].document, places[row].revision, places[row].position + 1)]
         assert [then] == (there or [-1])
     assert (next_rows >= 0).sum() > 20 and (small.successors(rows[:, None], values + 1) == -1).all()
+
+
+def test_a_radius_keeps_what_is_not_near(kb, lm):
+    whole = TokenStore.build(kb, lm)
+    sizes = [len(merged(whole, f"r{i}", radius=r)) for i, r in enumerate((-1.0, 3.0, np.inf))]
+    assert sizes[0] == len(whole) > sizes[1] > sizes[2] == len(merged(whole, "all"))
+    with pytest.raises(UsageError, match="radius"):
+        merged(whole, "none", radius=np.nan)
