@@ -57,9 +57,9 @@ def tokens(store: StoreArg, /, *,
     before = 0 if rebuild else _rows(folder)
     plan = estimate(kb, model, name, wish)
     _announce(kb, plan, before)
-    made = TokenStore.build(kb, model, name, **vars(wish))
     if index is not None:
         prefer(kb, name, index)
+    made = TokenStore.build(kb, model, name, **vars(wish))
     data = _made(kb, made, wish, before) | {"estimate": plan, "lm": lm, "version": kb.version,
                                             "seconds": round(time.perf_counter() - began, 3)}
     out.show(data, lambda: _lines(data))

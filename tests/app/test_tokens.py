@@ -47,6 +47,14 @@ def test_a_second_run_adds_only_what_is_new(ralm, made, tiny, tmp_path):
     assert after["rows"] - before["rows"] == after["added"] and 0 < after["added"] < 100
 
 
+def test_the_index_that_was_asked_for_stays(ralm, made, tiny):
+    """By the next command too, which does not name it."""
+    assert ralm("tokens", made, "--lm", tiny, "--index", "exact", "--json").json["settings"]["index"] == "exact"
+    assert ralm("tokens", made, "--lm", tiny, "--json").json["settings"]["index"] == "exact"
+    ran = ralm("tokens", made, "--lm", tiny, "--index", "ivf", "--json")
+    assert (ran.json["settings"]["index"], ran.json["index"]) == ("ivf", "exact") and "searched exactly" in ran.err
+
+
 WRONG = [
     ("tokens {kb}", "--lm is missing"),
     ("tokens {kb} --lm {lm} --key last", "ffn_in"),
