@@ -14,21 +14,24 @@ it goes. S = 1 is no speculation."""
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from ralm.asked import Wanted, open_desk
 from ralm.errors import UsageError
+from ralm.how.output import asking
 
 MOST = 32  # steps ahead at most, where it is chosen
 FIRST = 8  # steps ahead before anything is measured
-NEAREST = 256  # neighbours of each search that are remembered
-ROWS = 8192  # rows remembered
+NEAREST, OTHERS, RECENT = 128, 32, 16  # neighbours remembered of the last search, of each before it, and of how many searches
+PROPOSED = 128  # neighbours proposed
+MEMORY = 0.9  # of the share of the truth's weight that guesses had, per step
 SURE = 0.98  # the largest share of right steps that is believed
 MEASURED = 6  # rounds that are looked back on
 
@@ -83,42 +86,89 @@ class Ahead:
 
 
 class Guess:
-    """What is proposed before it is searched for: of the tokens found lately, and of those behind them, the ones near a state; of
-    passages those found last."""
+    """What is proposed before it is searched for: of the tokens found lately, and of those behind them in their documents, the ones
+    near a state; of passages those found last."""
 
-    def __init__(self, tokens: Any, ahead: int):
-        self.tokens, self.ahead = tokens, ahead
-        self.rows = np.zeros(0, np.int64)
+    def __init__(self, tokens: Any):
+        self.tokens = tokens
+        self.latest: deque[np.ndarray] = deque(maxlen=RECENT)  # nearest rows of the last searches, newest first
+        self.parts: list[_Known] = []
+        self.share = 0.5  # of the true neighbours' weight, that of those proposed: what is not known is left to the model
         self.passages: dict[int, tuple[list, float]] = {}  # by k
 
-    def learn(self, found: Any) -> None:
-        """Remember neighbours (latest first) and what follows them."""
-        near = np.unique(found.rows[:, :NEAREST])
-        new = self._following(near[near >= 0])
-        self.rows = np.concatenate([new, self.rows[~np.isin(self.rows, new)]])[:ROWS]
+    def learn(self, told: dict[tuple, Any]) -> None:
+        """Remember what a step was told that is true."""
+        for (kind, k, *_), answer in told.items():
+            if kind == "tokens":
+                self.latest.extendleft(row[:NEAREST] for row in answer.rows)
+            elif kind == "passages":
+                self.passages[k] = answer[0][-1:], 0.0
 
-    def _following(self, rows: np.ndarray) -> np.ndarray:
-        """These rows and the `ahead` behind each in its document."""
-        out = []
-        for leaf in self.tokens.leaves:
-            local = rows[(rows >= leaf.offset) & (rows < leaf.offset + len(leaf.rows))] - leaf.offset
-            if len(local):
-                end = leaf.rows.first[leaf.rows.document(local) + 1]
-                after = local[:, None] + np.arange(self.ahead + 1)
-                out.append(np.unique(after[after < end[:, None]]) + leaf.offset)
-        return np.concatenate(out) if out else rows
+    def compare(self, guessed: dict[tuple, Any], told: dict[tuple, Any], temperature: float) -> None:
+        """Learn from a checked step how much of the truth's weight its guess had."""
+        for name, truth in told.items():
+            if name[0] == "tokens" and len(truth.distances) and name in guessed:
+                most = [np.logaddexp.reduce(-f.distances[0].astype(np.float64) / temperature) for f in (guessed[name], truth)]
+                share = float(np.exp(min(0.0, most[0] - most[1]))) if np.isfinite(most[1]) else 1.0
+                self.share = MEMORY * self.share + (1 - MEMORY) * share
+
+    def cautious(self, how: Any) -> Any:
+        """The fusion that goes with guesses: neighbours weigh in proportion to what is known of them."""
+        inner = getattr(how, "inner", None)
+        changed = {} if inner is None else {"inner": self.cautious(inner)}
+        if getattr(how, "asks", how.what) == "tokens" and isinstance(getattr(how, "lam", None), float) and how.lam > 0:
+            changed["lam"] = how.lam * max(0.01, self.share)
+        return replace(how, **changed) if changed else how
+
+    def look(self, steps: int) -> None:
+        """Take out what may be near in the next steps."""
+        if not self.latest:
+            return
+        newest, *others = self.latest
+        near = [(newest, np.arange(steps + 2)), *((rows[:OTHERS], np.arange(2)) for rows in others)]
+        self.parts = [_Known.of(leaf, near) for leaf in self.tokens.leaves]
 
     def near(self, q_ND: np.ndarray, k: int) -> Any:
-        """Neighbours [N, k] among what is remembered."""
+        """Neighbours [N, k] among what was taken out; the PROPOSED nearest."""
         from ralm.index import nearest
         from ralm.what.token_store import Neighbours
 
-        rows_QC = np.broadcast_to(self.rows, (len(q_ND), len(self.rows)))
-        d_QC = self.tokens.distances(q_ND, rows_QC)
-        order = np.argsort(d_QC, 1, kind="stable")[:, :k]
-        rows, d = nearest.padded((np.take_along_axis(rows_QC, order, 1), np.take_along_axis(d_QC, order, 1)), k)
-        rows = np.where(np.isinf(d), np.int64(-1), rows)
+        rows_C = np.concatenate([p.rows for p in self.parts])
+        d_QC = np.concatenate([p.distances(q_ND) for p in self.parts], 1)
+        some = np.argsort(d_QC, 1)[:, :min(k, PROPOSED)]
+        rows, d = nearest.padded((rows_C[some], np.take_along_axis(d_QC, some, 1)), k)
         return Neighbours(rows, d, self.tokens.values(rows), self.tokens.counts(rows))
+
+
+@dataclass
+class _Known:
+    """Some rows of a datastore with their keys."""
+
+    leaf: Any
+    rows: np.ndarray  # int64 [C], of the union
+    keys: np.ndarray  # float32 [C, D]
+    norms: np.ndarray  # float32 [C]
+
+    @staticmethod
+    def of(leaf: Any, near: list[tuple[np.ndarray, np.ndarray]]) -> _Known:
+        """near: rows, and how far behind each to look."""
+        found = [np.zeros(0, np.int64)]
+        for rows, behind in near:
+            local = rows[(rows >= leaf.offset) & (rows < leaf.offset + len(leaf.rows))] - leaf.offset
+            end = leaf.rows.first[leaf.rows.document(local) + 1]  # a document's last row has none behind it
+            after = local[:, None] + behind
+            found.append(after[after < end[:, None]])
+        local = np.unique(np.concatenate(found))
+        keys = leaf.rows.keys.take(local)
+        return _Known(leaf, local + leaf.offset, keys, (keys ** 2).sum(1))
+
+    def distances(self, q_ND: np.ndarray) -> np.ndarray:
+        """float32 [N, C], as they come out of a product."""
+        q_ND = self.leaf.rows.projection(q_ND)
+        s_QC = q_ND @ self.keys.T
+        if self.leaf.rows.keys.metric == "ip":
+            return -s_QC
+        return np.maximum(0, (q_ND ** 2).sum(1)[:, None] - 2 * s_QC + self.norms)
 
 
 class _Sources:
@@ -141,18 +191,16 @@ class _Sources:
         else:
             found = self._truth["tokens"](q_ND, k)
         self.seconds += time.perf_counter() - began
-        self.guess.learn(found)
         return found
 
     def _passages(self, queries, k: int) -> tuple[list, float]:
         began = time.perf_counter()
         found = self._truth["passages"](queries, k)
         self.seconds += time.perf_counter() - began
-        self.guess.passages[k] = ([found[0][-1]], 0.0)
         return found
 
     def _near(self, q_ND: np.ndarray, k: int) -> Any:
-        return self.guess.near(q_ND, k) if len(self.guess.rows) else self._tokens(q_ND, k)
+        return self.guess.near(q_ND, k) if self.guess.parts else self._tokens(q_ND, k)
 
     def _last(self, queries, k: int) -> tuple[list, float]:
         if k not in self.guess.passages:
@@ -169,8 +217,9 @@ def _names(found: Any) -> list[str]:
 
 @dataclass
 class _Step:
-    """One step taken ahead: what it was told, the token it drew, what the model remembered before it."""
+    """One step taken ahead: the guesses it was told, and the truth; the token it drew; what the model remembered before it."""
 
+    guessed: dict[tuple, Any]
     told: dict[tuple, Any]
     token: int
     before: list
@@ -179,7 +228,8 @@ class _Step:
 def speculated(run: Any, draw: Any, most: int, ahead: Ahead) -> Iterator[tuple[int, float]]:
     """(token, its ln p) as `generate.drawn` gives them, bit for bit."""
     cache, eos = run.lm, run.ralm.lm.eos
-    guess = Guess(run.ralm.tokens, ahead.steps or FIRST)
+    guess = Guess(run.ralm.tokens)
+    temperature = getattr(asking(run.ralm.how, "tokens"), "temperature", 1.0)
     desk, truth = open_desk(run, cache)
     sources = _Sources(run, truth, guess)
     left = most
@@ -187,7 +237,8 @@ def speculated(run: Any, draw: Any, most: int, ahead: Ahead) -> Iterator[tuple[i
         steps = min(left, ahead.next())
         if steps == 1 or ahead.alone is None:
             sources.seconds = 0.0
-            logp_V = desk.step({}, sources.truth)
+            logp_V = desk.step(told := {}, sources.truth)
+            guess.learn(told)
             ahead.alone, ahead.searches = sources.seconds, ahead.searches + 1
             token = draw(logp_V)
             yield token, float(logp_V[token])
@@ -195,6 +246,7 @@ def speculated(run: Any, draw: Any, most: int, ahead: Ahead) -> Iterator[tuple[i
             left -= 1
             continue
         began, sources.seconds = time.perf_counter(), 0.0
+        guess.look(steps)
         taken = _take(run, desk, cache, sources, draw.ahead(), steps, eos)
         _check([s.told for s in taken], sources)
         ahead.searches += 1
@@ -204,10 +256,13 @@ def speculated(run: Any, draw: Any, most: int, ahead: Ahead) -> Iterator[tuple[i
             try:
                 logp_V = desk.step(step.told, {})
                 after = taken[i + 1].before if i + 1 < len(taken) else None
+                guess.compare(step.guessed, step.told, temperature)
             except Wanted:  # with the truth it asks for something else
                 run.restore(before)
                 cache.restore(step.before)
-                logp_V, after, step.token = desk.step({}, sources.truth), None, -1
+                step.told, after, step.token = {}, None, -1
+                logp_V = desk.step(step.told, sources.truth)
+            guess.learn(step.told)
             token = draw(logp_V)
             ahead.checked += 1
             if token == step.token:
@@ -225,15 +280,18 @@ def speculated(run: Any, draw: Any, most: int, ahead: Ahead) -> Iterator[tuple[i
 
 def _take(run: Any, desk: Any, cache: Any, sources: _Sources, draw: Any, steps: int, eos: int | None) -> list[_Step]:
     """Steps on guesses; the run is as before, the model's memory is ahead."""
-    begin, taken = run.mark(), []
+    begin, taken, ralm = run.mark(), [], run.ralm
+    run.ralm = copy.copy(ralm)
+    run.ralm.how = sources.guess.cautious(ralm.how)
     for _ in range(steps):
         told, before = {}, cache.mark()
         token = draw(desk.step(told, sources.guesses))
-        taken.append(_Step(told, token, before))
+        taken.append(_Step(told, dict(told), token, before))
         if token == eos:
             break
         run.ids.append(token)
     run.restore(begin)
+    run.ralm = ralm
     return taken
 
 

@@ -6,8 +6,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from ralm.errors import CapabilityError, UsageError  # noqa: E402
 from ralm.lm.hf import HF  # noqa: E402
 from ralm.model import RALM  # noqa: E402
+from ralm.speculate import Ahead  # noqa: E402
 from ralm.types import Done, Retrieved, Token  # noqa: E402
 from ralm.what.token_store import TokenStore  # noqa: E402
 
@@ -179,3 +181,83 @@ def test_speculation_changes_no_bit(made, kind, how):
         plain = drawn(ralm.stream(prompt, **settings))
         for steps in (2, 5, "auto"):
             assert drawn(ralm.stream(prompt, speculate=steps, **settings)) == plain, (prompt, steps)
+
+
+@pytest.mark.parametrize("how", [KNN, f"{READS}+{KNN}", READS])
+def test_speculation_is_put_to_the_test(made, how, monkeypatch):
+    """Steps turn out right and wrong, and one search serves several tokens: without this the test above could hold of nothing."""
+    ralm = made("llama", how, when="every:1")
+    asked = ralm.tokens if "knn" in how else ralm.retriever
+    sizes, search = [], asked.search
+    monkeypatch.setattr(asked, "search", lambda q, *a, **k: (sizes.append(len(q)), search(q, *a, **k))[1])
+    right = checked = 0
+    for prompt in PROMPTS:
+        ahead = Ahead(4)
+        events = list(ralm.stream(prompt, max_tokens=24, speculate=ahead))
+        assert events[-1].tokens == 24 and ahead.checked >= 20 and ahead.searches < 24
+        right, checked = right + ahead.right, checked + ahead.checked
+    assert 0 < right < checked and max(sizes) == 4 and len(sizes) < 24 * len(PROMPTS)
+
+
+def test_the_end_and_stops_are_found_where_they_are(made):
+    import copy
+
+    ralm = made("llama", KNN)
+    ids = [e.id for e in ralm.stream(PROMPTS[1], max_tokens=24) if isinstance(e, Token)]
+    ends = copy.copy(ralm.lm)
+    ends.eos = ids[9]
+    ended = RALM(ends, how=KNN, tokens=ralm.tokens)
+    stop = ralm.generate(PROMPTS[1], max_tokens=24)[5:7]
+    for r, settings in ((ended, {}), (ralm, dict(stop=[stop])), (ralm, dict(exclude=["d1", "d6"]))):
+        plain = drawn(r.stream(PROMPTS[1], max_tokens=24, **settings))
+        for steps in (3, 8):
+            assert drawn(r.stream(PROMPTS[1], max_tokens=24, speculate=steps, **settings)) == plain
+
+
+def test_inverted_lists_answer_each_query_alone(made, store, monkeypatch):
+    """Of many queries an approximate index may find others than of one: the check asks one by one."""
+    pytest.importorskip("faiss")
+    from ralm.index import inverted
+    from ralm.what import token_store
+
+    monkeypatch.setattr(inverted, "LEAST", 100)
+    lm = made("llama", "none").lm
+    tokens = TokenStore.build(store, lm, "lists", index="ivf")
+    search = token_store.nearest.exact
+    monkeypatch.setattr(token_store._Leaf, "_search", lambda self, q, k, allowed: (
+        self.near.search(q, k, allowed), search(self.rows.keys, q, k, allowed))[1] if len(q) == 1 else 1 / 0)
+    assert tokens.leaves[0].near is not None
+    ralm = RALM(lm, how=KNN, tokens=tokens)
+    assert drawn(ralm.stream(PROMPTS[0], max_tokens=12, speculate=4)) == drawn(ralm.stream(PROMPTS[0], max_tokens=12))
+
+
+def test_how_many_steps_pay():
+    """OS^3: many where a search is dear and guesses are right, one where it is cheap or they are wrong."""
+    def chosen(right, searching, alone=0.1):
+        ahead = Ahead(alone=alone)
+        ahead.rounds.extend([(8, 8, right, 8 * 0.01, searching)] * 6)
+        return ahead.next()
+
+    assert chosen(8, 0.12) > 16 and 3 < chosen(6, 0.12) < chosen(8, 0.12) and chosen(0, 0.12) == 1
+    assert chosen(6, 8 * 0.1) < chosen(6, 0.12)  # a search of eight costs eight searches: less is gained
+    assert Ahead.of(None) is Ahead.of(0) is Ahead.of("1") is None and Ahead.of("6").steps == 6 and Ahead.of("auto").next() > 1
+
+
+def test_what_cannot_be_is_refused_before_any_work(made, lm):
+    ralm = RALM(lm)
+    for ask, line in ((lambda: ralm.stream("x", speculate="many"), "speculate=many"),
+                      (lambda: ralm.stream("x", speculate=-2), "speculate=-2"),
+                      (lambda: ralm.stream_many("x"), "list of them"), (lambda: ralm.stream_many(["x"], max_tokens=0), "no token"),
+                      (lambda: ralm.beam("x", beams=0), "beams"), (lambda: ralm.beam("x", length_penalty="a"), "length_penalty")):
+        with pytest.raises(UsageError, match=line):
+            ask()
+
+
+class Reads:
+    name, gives = "a reader", frozenset({"spans"})
+
+
+def test_a_reader_draws_nothing():
+    for ask in (lambda r: r.stream_many(["x"]), lambda r: r.beam("x"), lambda r: r.stream("x", speculate=4)):
+        with pytest.raises(CapabilityError, match="spans only"):
+            ask(RALM(Reads()))
