@@ -99,3 +99,17 @@ def test_a_stream_speculated_is_the_stream(tokens, lm):
         pytest.skip("no speculation here")
     plain = ralm.generate("The lighthouse", max_tokens=20)
     assert ralm.generate("The lighthouse", max_tokens=20, speculate=4) == plain
+
+
+def test_a_removed_document_is_forgotten(lm, tmp_path):
+    """Also by pointers: nothing differs from a store that never held it."""
+    with_it = Datastore.build(tmp_path / "a", [*documents(TEXTS[:1]), *documents([TEXT], "gone"), *documents(TEXTS[1:], "e")])
+    never = Datastore.build(tmp_path / "b", [*documents(TEXTS[:1]), *documents(TEXTS[1:], "e")])
+    how, found = "knn:k=9,lam=0.4,automaton=2", []
+    for kb in (with_it, never):
+        tokens = TokenStore.build(kb, lm)
+        if kb is with_it:
+            before = RALM(lm, tokens=tokens, how=how).score(TEXT).logp
+            kb.remove(["gone0"])
+        found.append(RALM(lm, tokens=tokens, how=how).score(TEXT).logp)
+    assert np.array_equal(*found) and np.abs(before - found[0]).max() > 0.5
