@@ -222,8 +222,8 @@ def labml(folder: Path, args) -> None:
     assert worst < 1e-5
 
 
-def sized(folder: Path, args) -> tuple[nn.Module, Retro]:
-    theirs = peer(folder, num_tokens=8192, max_seq_len=1024, enc_dim=256, enc_depth=2, dec_dim=256, dec_depth=6,
+def sized(folder: Path, args, width: int = 256, depth: int = 6) -> tuple[nn.Module, Retro]:
+    theirs = peer(folder, num_tokens=8192, max_seq_len=1024, enc_dim=256, enc_depth=2, dec_dim=width, dec_depth=depth,
                   dec_cross_attn_layers=(2, 4, 6), chunk_size=64)
     return theirs, wrapped(theirs)
 
@@ -297,32 +297,40 @@ def train(folder: Path, args) -> None:
         def their_loss(seq=seq, ids=ids) -> Tensor:
             return theirs(seq, ids, return_loss=True)
 
-        gap = float((ours_loss() - their_loss()).abs())
+        gap = abs(ours_loss().item() - their_loss().item())
         best = turns_of(args.repeat, ours=lambda f=ours_loss: f().backward(), peer=lambda f=their_loss: f().backward())
         mine, other = saved(ours_loss, theirs) / 2 ** 20, saved(their_loss, theirs) / 2 ** 20
         print(f"train     {n} tokens: ours {best['ours']:.2f} s, peer {best['peer']:.2f} s, {best['peer'] / best['ours']:.2f}x; "
               f"saved for backward {mine:.0f} and {other:.0f} MiB, {1 - mine / other:.0%} less; losses differ by {gap:.1e}")
+        ours.trainable("new")
+        best = turns_of(args.repeat, new=lambda f=ours_loss: f().backward())
+        print(f"          new weights alone: {best['new']:.2f} s, {saved(ours_loss, theirs) / 2 ** 20:.0f} MiB")
+        ours.trainable("all")
 
 
 def encoder(folder: Path, args) -> None:
-    theirs, ours = sized(folder, args)
-    block, cross = ours.adapter.encoder.blocks[0], theirs.encoder.layers[0][1]
+    """Forward, and forward with backward; a decoder as wide as the encoder, and one four times as wide (the published ones are up
+    to 4.6 times): the peer projects the chunk's keys and values once per neighbour."""
     own, chunk = (retro_net.turns(range(n), SIZE, 10000.0, torch.device("cpu")) for n in (128, 64))
-    for k in (2, 4):
-        e, h = torch.randn(16, k, 128, 256), torch.randn(16, 64, 256)
+    for width, k in ((256, 2), (256, 4), (1024, 2), (1024, 4)):
+        theirs, ours = sized(folder, args, width, 2)
+        block, cross = ours.adapter.encoder.blocks[0], theirs.encoder.layers[0][1]
+        e, h = torch.randn(16, k, 128, 256, requires_grad=True), torch.randn(16, 64, width, requires_grad=True)
 
-        def folded(e=e, h=h) -> Tensor:
+        def folded(e=e, h=h, block=block) -> Tensor:
             return e + block.cross.read(block.cross.q(block.norm_cross(e)), own, block.cross.keys(h[:, None], chunk), None)
 
-        def repeated(e=e, h=h, k=k) -> Tensor:
+        def repeated(e=e, h=h, k=k, cross=cross, theirs=theirs) -> Tensor:
             pos = tuple(theirs.encoder.rotary_pos_emb(n, device=e.device) for n in (128, 64))
             return cross(e.flatten(0, 1), context=h.repeat_interleave(k, 0), pos_emb=pos)
 
-        with torch.inference_mode():
+        with torch.no_grad():
             gap = float((folded().flatten(0, 1) - repeated()).abs().max())
-            best = turns_of(5 * args.repeat, ours=folded, peer=repeated)
-        print(f"encoder   cross-attention, 16 chunks, {k} neighbours: ours {best['ours'] * 1e3:.0f} ms, peer "
-              f"{best['peer'] * 1e3:.0f} ms, {best['peer'] / best['ours']:.2f}x; outputs within {gap:.1e}")
+            read = turns_of(5 * args.repeat, ours=folded, peer=repeated)
+        step = turns_of(3 * args.repeat, ours=lambda f=folded: f().sum().backward(), peer=lambda f=repeated: f().sum().backward())
+        print(f"encoder   cross-attention of 16 chunks, {k} neighbours, to a decoder of width {width}: "
+              + ", ".join(f"{name} {x['ours'] * 1e3:.0f} ms, peer {x['peer'] * 1e3:.0f} ms, {x['peer'] / x['ours']:.2f}x"
+                          for name, x in (("forward", read), ("with backward", step))) + f"; outputs within {gap:.1e}")
 
 
 PARTS = {"oracle": oracle, "labml": labml, "generate": generate, "train": train, "encoder": encoder}

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -88,6 +88,12 @@ class Retro:
         self.adapter.requires_grad_(True)
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    def again(self) -> tuple[Any, Any]:
+        """`context_fn` of torch.utils.checkpoint (use_reentrant=False): layers that are run again in backward, in whatever thread,
+        read the neighbours they read in this forward. For a model of transformers: gradient_checkpointing_enable(
+        {"use_reentrant": False, "context_fn": lm.again})."""
+        return nullcontext(), self._during(getattr(self._here, "reading", None))
+
     # ---- the contract -----------------------------------------------------------------------------------------------
 
     def forward(self, ids_BT: Tensor, *, past: Past | None = None, mask: Tensor | None = None, keep: int | Tensor | None = None,
@@ -153,12 +159,12 @@ class Retro:
     # ---- inside the decoder's forward ----------------------------------------------------------------------------------
 
     @contextmanager
-    def _during(self, reading: _Reading) -> Iterator[None]:
-        self._here.reading = reading
+    def _during(self, reading: _Reading | None) -> Iterator[None]:
+        outer, self._here.reading = getattr(self._here, "reading", None), reading
         try:
             yield
         finally:
-            self._here.reading = None
+            self._here.reading = outer
 
     def _before(self, p: int, module: nn.Module, args: tuple) -> tuple | None:
         """Layer p between attention and feed-forward: what the latter reads."""
@@ -181,17 +187,20 @@ class Retro:
         embed = self.adapter.embed
         if isinstance(embed, nn.Embedding):
             return embed(tokens_NKR)
-        return embed(F.embedding(tokens_NKR, self._embedding.weight).to(embed.weight.dtype))
+        e_NKRD = F.embedding(tokens_NKR, self._embedding.weight).to(embed.weight.dtype)
+        return embed(e_NKRD).to(embed.weight.dtype)  # the stream is not rounded under autocast
 
 
 class _Reading:
-    """One forward: which pairs of chunk and neighbours it encodes, and who reads which. Pairs are numbered 0 to N-1."""
+    """One forward: which pairs of chunk and neighbours it encodes, and who reads which. Pairs are numbered 0 to N-1.
+
+    A layer may be run again, for gradient checkpointing: it finds `before` and `old` as they were, and does the same."""
 
     def __init__(self, retro: Retro, layout: Layout, neighbours: Neighbours | None, past: Past | None, seen_B: Tensor):
         self.retro, self.layout, self.neighbours = retro, layout, neighbours
         self.seen_B = seen_B + layout.count_B
-        self.held, self.old = (past.held, past.blocks) if past is not None else (None, None)
-        self.blocks, self.pending, self.encoded = self.old, None, None
+        self.before, self.old = (past.held, past.blocks) if past is not None else (None, None)
+        self.held, self.blocks, self.pending, self.encoded = None, self.old, None, None
         self.found_BL = torch.zeros(len(seen_B), layout.done, dtype=torch.bool)
         if neighbours is not None and layout.done:
             there_BL = torch.arange(layout.done) < layout.done_B[:, None]
@@ -219,14 +228,14 @@ class _Reading:
 
     def _encode(self, x_BTD: Tensor) -> None:
         """The pairs, where chunks end in this piece; what is left of the last chunk is kept."""
-        layout, held, device = self.layout, self.held, x_BTD.device
-        self.held = layout.rest(x_BTD, held)
+        layout, device = self.layout, x_BTD.device
+        self.held = layout.rest(x_BTD, self.before)
         if len(self.b_N):
             tokens, mask = self.neighbours.tokens.to(device), self.neighbours.mask
             tokens, mask = tokens[self.b_N, self.u_N], None if mask is None else mask.to(device)[self.b_N, self.u_N]
             if mask is not None:
                 tokens, mask = tokens.masked_fill(~mask, 0), None if bool(mask.all()) else mask
-            h_BLmD = layout.chunks(x_BTD, held)
+            h_BLmD = layout.chunks(x_BTD, self.before)
             h_NmD = h_BLmD.flatten(0, 1) if self.every else h_BLmD[self.b_N, self.u_N]
             adapter = self.retro.adapter
             self.encoded = adapter.encoder(self.retro._embed(tokens), h_NmD.to(adapter.encoder.blocks[0].norm1.weight.dtype), mask)

@@ -447,6 +447,48 @@ def test_training_the_new_weights_alone():
     lm.model.requires_grad_(False)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gpt_neox"])
+def test_gradient_checkpointing_reads_the_same_neighbours_again(kind):
+    """Two forwards before one backward, so that what is read again must be each one's own."""
+    lm = hf(kind)
+    lm.base.model.train()
+    for module in lm.base.model.modules():
+        module.p = 0.0 if isinstance(module, torch.nn.Dropout) else getattr(module, "p", None)
+    weights, texts = lm.trainable("all"), [text(9, seed=1), text(9, seed=2)]
+
+    def grads():
+        loss = sum(lm.forward(ids, neighbours=n).logits.sin().sum() for ids, n in texts)
+        return torch.autograd.grad(loss, weights)
+
+    try:
+        plain, runs = grads(), []
+        handle = lm.adapter.encoder.register_forward_hook(lambda *_: runs.append(1))
+        lm.base.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": lm.again})
+        for a, b in zip(plain, grads()):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+        assert len(runs) == 4  # each text's encoder, and once more
+        handle.remove()
+    finally:
+        lm.base.model.gradient_checkpointing_disable()
+        lm.base.model.eval()
+        lm.model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_lower_precision(kind, no_grad):
+    """A decoder in bfloat16 under new weights in float32: step 0 is the decoder still; under autocast numbers stay close."""
+    ids, n = text(11)
+    lm = Retro(HF(tiny.make(kind), tiny.tokenizer(), window=64, dtype="bf16"), RetroConfig(**(SHAPE | dict(layers=(1, 2)))))
+    assert torch.equal(lm.forward(ids, neighbours=n).logits, lm.base.forward(ids).logits)
+    loud(lm.adapter, 1)
+    assert torch.isfinite(lm.forward(ids, neighbours=n).logits).all() and next(lm.adapter.parameters()).dtype == torch.float32
+    torch.testing.assert_close(in_pieces(lm, ids, n, range(1, 11)), lm.forward(ids, neighbours=n).logits, atol=0.5, rtol=0.1)
+    lm = retro("none")
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = lm.forward(ids, neighbours=n).logits
+    torch.testing.assert_close(rough, lm.forward(ids, neighbours=n).logits, atol=0.3, rtol=0.1)
+
+
 def test_the_base_model_by_itself_is_untouched(no_grad):
     lm = retro("none")
     ids, n = text(9)
