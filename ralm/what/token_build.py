@@ -438,9 +438,8 @@ def merge(folder: Path, parts: Sequence[manifest.Part], settings: dict[str, Any]
                 for a in range(start, end, 65_536):
                     rows = slice(a, min(a + 65_536, end))
                     writer.add(keys[rows], norms[rows], values[rows])
-    from ralm.what.token_merge import carry
-
-    carry(folder, parts, settings, keep, writer.path)
+    from ralm.what import token_merge
+    token_merge.carry(folder, parts, settings, keep, writer.path)
     return writer.seal(parts[-1].stop)
 
 
