@@ -167,6 +167,9 @@ class Leaf:
         return out
 
     def search(self, q_QD: np.ndarray, k: int, allowed: np.ndarray, effort: int | None) -> Hits:
+        if q_QD.ndim != 2 or q_QD.shape[1] != self.rows.dim:
+            raise UsageError(f"query vectors {list(q_QD.shape)}, stored ones of {self.rows.dim} dimensions: give "
+                             f"[Q, {self.rows.dim}], made by {self.now.settings['encoder']}")
         allowed = self.filter(allowed)
         if not allowed.count:
             return Hits.empty(len(q_QD), k)
@@ -181,18 +184,20 @@ class Leaf:
         out.scores[:, :width] = scores
         return out
 
-    def _near(self, q_QD: np.ndarray, k: int, allowed: ann.Allowed, effort: int | None) -> Hits:
-        """Candidates of the FAISS index and of the tail it does not cover; exact for queries that get fewer than k."""
+    def _near(self, q_QD: np.ndarray, k: int, allowed: ann.Allowed, effort: int | None, strict: bool = False) -> Hits:
+        """Candidates of the FAISS index and of the tail it does not cover. Queries that get fewer than k: the index is asked
+        for allowed rows only, then search is exact."""
         width = min(k, allowed.count)
-        near = self.near.search(q_QD, width, allowed, effort)
+        near = self.near.search(q_QD, width, allowed, effort, strict)
         if self.near.rows < len(self.rows):
             near = np.concatenate([near, exact.top(self.rows, q_QD, width, allowed.filter, self.near.rows)[0]], 1)
-        ids, scores, found = exact.score(self.rows, q_QD, near, k, self.ids)
+        ids, scores, found = exact.score(self.rows, q_QD, near, k, allowed.filter, self.ids)
         if found < width:
             short = np.flatnonzero((ids[:, width - 1] < 0) & (q_QD != 0).any(1))
             if len(short):
-                right = self._exact(q_QD[short], k, allowed)
-                ids[short], scores[short] = right.ids, right.scores
+                again = (self._exact(q_QD[short], k, allowed) if strict or allowed.filter is None
+                         else self._near(q_QD[short], k, allowed, effort, True))
+                ids[short], scores[short] = again.ids, again.scores
         return Hits(ids, scores)
 
 

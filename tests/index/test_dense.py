@@ -100,6 +100,30 @@ def test_exact_top_equals_numpy_for_any_blocks_ties_and_masks(monkeypatch, seed,
         assert (scores[i][:len(order)] == true[i][order]).all()
 
 
+@given(seed=st.integers(0, 10_000), dim=st.integers(1, 1100), n=st.integers(1, 40), k=st.integers(1, 50))
+@settings(max_examples=60, deadline=None)
+def test_scores_are_numpys_sums_bit_by_bit(seed, dim, n, k):
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((n, dim)) * 10.0 ** rng.integers(-8, 1, (n, dim))).astype(np.float16)  # subnormal ones among them
+    q = rng.standard_normal((3, dim)).astype(np.float32)
+    q[1] = 0
+    near = np.where(rng.random((3, n)) < 0.8, np.argsort(rng.random((3, n)), 1), -1)
+    allowed, ids = rng.random(n) < 0.9, np.cumsum(rng.integers(1, 9, n))
+    products = x.astype(np.float64) * q[:, None].astype(np.float64)
+    true = products.sum(2)
+    assert all(exact._sum(p, exact._plan(dim), np.empty(9)) == t for p, t in zip(products[0], true[0]))
+    whole = InMemory(x)
+    whole.maps, whole.starts = [x], np.array([0, n])
+    for rows in (InMemory(x), whole):
+        found, scores, least = exact.score(rows, q, near, k, allowed, ids)
+        for i in range(3):
+            kept = [r for r in near[i] if r >= 0 and allowed[r] and i != 1]
+            order = sorted(kept, key=lambda r, i=i: (-np.float32(true[i, r]), r))[:k]
+            assert found[i].tolist() == ids[order].tolist() + [-1] * (k - len(order))
+            assert (scores[i, :len(order)] == true[i, order].astype(np.float32)).all() and np.isneginf(scores[i, len(order):]).all()
+        assert least == min((found >= 0).sum(1))
+
+
 class InMemory(vectors.Rows):
     def __init__(self, x):
         half = len(x) // 3
@@ -288,6 +312,27 @@ def test_a_filter_is_worked_out_once_and_another_one_anew(copy, monkeypatch):
     before = found.search(QUERIES, 5, "number < 700")
     copy.remove(copy.document_ids(before.ids[:, 0].tolist()))
     assert not np.isin(found.search(QUERIES, 5, "number < 700").ids, before.ids[:, 0]).any()
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivf"])
+def test_where_few_are_gone_hits_are_those_of_a_search_that_asks_at_every_row(copy, monkeypatch, kind):
+    monkeypatch.setattr(dense, "NARROW", 50)
+    near = Dense(copy, index=kind)
+    first = near.search(QUERIES[:1], 40)
+    copy.remove(copy.document_ids(first.ids[0].tolist()))  # 40 of 1,500: nearly all are allowed, none of what FAISS finds first is
+    leaf = near._opened().leaves[0]
+    allowed, q_QD = leaf.filter(copy.allow()), leaf.encode(QUERIES)
+    assert 0 < 1 - allowed.count / 1500 < ann.LOOSE
+    assert np.isin(leaf.ids[leaf.near.search(q_QD[:1], 10, allowed)], first.ids).all()
+    ours, asking = near.search(QUERIES, 10), leaf._near(q_QD, 10, allowed, None, strict=True)
+    assert (ours.ids >= 0).all() and not np.isin(ours.ids, first.ids).any()
+    assert (ours.ids == asking.ids).all() and (ours.scores == asking.scores).all()
+
+
+def test_query_vectors_of_another_length_are_refused(copy):
+    for kind in ("flat", "hnsw"):
+        with pytest.raises(UsageError, match=r"\[2, 3\].*\[Q, \d+\]"):
+            Dense(copy, index=kind).nearest(np.ones((2, 3), np.float32))
 
 
 def test_an_approximate_index_grows_by_its_tail_and_forgets(copy, paragraphs, monkeypatch):
