@@ -41,8 +41,9 @@ def sample(logp_BV: torch.Tensor, temperature: float = 0.0, top_k: int | None = 
         return logp_BV.argmax(-1)
     kept_BV, order_BV = filtered(logp_BV, temperature, top_k, top_p)
     device = generator.device if generator is not None else logp_BV.device
-    drawn_B1 = torch.multinomial(kept_BV.exp().to(device), 1, generator=generator).to(logp_BV.device)
-    return order_BV.gather(-1, drawn_B1)[:, 0]
+    # in the order of ids: the randomness belongs to tokens, not ranks, so a slightly different distribution mostly draws the same
+    p_BV = torch.zeros_like(kept_BV).scatter_(-1, order_BV, kept_BV.exp())
+    return torch.multinomial(p_BV.to(device), 1, generator=generator).to(logp_BV.device)[:, 0]
 
 
 def filtered(logp_BV: torch.Tensor, temperature: float, top_k: int | None = None,

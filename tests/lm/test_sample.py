@@ -90,3 +90,12 @@ def test_no_distribution_is_refused(value):
         sample(logp)
     with pytest.raises(UsageError, match="row 0"):
         sample(torch.full((1, 4), -math.inf), 1.0)
+
+
+def test_a_slightly_different_distribution_mostly_draws_the_same():
+    """With the same seed: what speculation lives on. Ranks may change all over, the randomness stays with the tokens."""
+    g = torch.Generator().manual_seed(0)
+    logp = torch.randn(1, 500, generator=g).log_softmax(-1)
+    other = (logp + 0.05 * torch.randn(1, 500, generator=g)).log_softmax(-1)
+    draws = [[int(sample(x, temperature=1.0, generator=torch.Generator().manual_seed(s))) for x in (logp, other)] for s in range(200)]
+    assert sum(a == b for a, b in draws) > 180 and len({a for a, _ in draws}) > 60
