@@ -97,5 +97,6 @@ def test_a_slightly_different_distribution_mostly_draws_the_same():
     g = torch.Generator().manual_seed(0)
     logp = torch.randn(1, 500, generator=g).log_softmax(-1)
     other = (logp + 0.05 * torch.randn(1, 500, generator=g)).log_softmax(-1)
-    draws = [[int(sample(x, temperature=1.0, generator=torch.Generator().manual_seed(s))) for x in (logp, other)] for s in range(200)]
+    draws = [[int(sample(x, temperature=1.0, generator=torch.Generator().manual_seed(seed))) for x in (logp, other)]
+             for seed in range(200)]
     assert sum(a == b for a, b in draws) > 180 and len({a for a, _ in draws}) > 60
