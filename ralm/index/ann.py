@@ -30,7 +30,7 @@ FLAT, GRAPH = 100_000, 3_000_000  # rows up to which auto is flat, hnsw
 TAIL, SHARE = 20_000, 0.05
 TARGET, PROBES, WORDS = 0.95, 200, 10  # recall@10 aimed at, queries it is measured on, words of each
 EFFORTS = {"hnsw": (32, 64, 128, 256, 512), "ivf": (8, 16, 32, 64, 128, 256, 512), "ivfpq": (8, 16, 32, 64, 128, 256, 512)}
-LOOSE = 0.1  # share of rows up to which those that are not allowed are dropped after the search
+LOOSE = 0.05  # share of rows up to which those that are not allowed are dropped after the search
 FACTOR = 20  # ivfpq: candidates re-ranked, in multiples of k
 BLOCK = 65_536
 
@@ -94,7 +94,7 @@ class Ann:
 
     def search(self, q_QD: np.ndarray, k: int, allowed: Allowed | None = None, effort: int | None = None,
                strict: bool = False) -> np.ndarray:
-        """q_QD: of the index's own dimension, which is not checked here. The effort is raised as the filter gets narrower.
+        """q_QD: of the index's own dimension, which is not checked here. The effort is raised where more than LOOSE are not allowed.
 
         Where nearly all rows are allowed, a few more candidates are given and some of them may not be allowed (FAISS would ask
         at every row it meets, which is 4 % of the time); strict: none is."""
@@ -114,12 +114,13 @@ class Ann:
         options, width, asked = {}, k, (k, effort, strict)
         if allowed is not None and allowed.filter is not None:
             selector, n = allowed.selector(self.rows)
-            effort = min(-int(-effort * self.rows // max(1, n)), 16 * effort)
             gone = 1 - n / self.rows
+            if gone > LOOSE:
+                effort = min(-int(-effort * self.rows // max(1, n)), 16 * effort)
             if strict or gone > LOOSE:
                 options["sel"] = selector
             else:
-                width = k + 4 + int(3 * k * gone)
+                width = k + 1 + int(3 * k * gone)  # every one more is half a percent of the time
         if self.kind == "hnsw":
             parameters = faiss.SearchParametersHNSW(efSearch=max(effort, width), **options)
         else:
