@@ -94,7 +94,7 @@ class Ann:
 
     def search(self, q_QD: np.ndarray, k: int, allowed: Allowed | None = None, effort: int | None = None,
                strict: bool = False) -> np.ndarray:
-        """q_QD: of the index's own dimension, which is not checked here. The effort is raised where more than LOOSE are not allowed.
+        """q_QD: of the index's own dimension, not checked here. The effort is raised where more than LOOSE are not allowed.
 
         Where nearly all rows are allowed, a few more candidates are given and some of them may not be allowed (FAISS would ask
         at every row it meets, which is 4 % of the time); strict: none is."""
