@@ -15,6 +15,7 @@ from ralm.what.datastore import Datastore  # noqa: E402
 from ralm.what.token_store import TokenStore  # noqa: E402
 
 FUSIONS = ("knn:k=9,lam=0.3,temperature=5", "knn:k=400,lam=0.6,temperature=40", "knn:k=5,lam=rrc", "knn:k=6,lam=0.5,skip=0.3",
+           "knn:k=9,lam=0.4,automaton=2",
            "prepend:k=1,query=12,tokens=24+knn:k=9,lam=0.3,temperature=5",
            "ensemble:k=2,temperature=3,query=12,tokens=24+knn:k=9,lam=0.3,temperature=5")
 WORDS = ("the granite reef lighthouse Maria Holt mitochondria cell passage question snow mountain tower candle sailors in "
@@ -56,7 +57,7 @@ def test_laws_everywhere(lm, bm25, tokens, how):
         check_ralm(system(lm, bm25, tokens, how), text, "the lighthouse of Maria Holt")
 
 
-@pytest.mark.parametrize("how", FUSIONS[:4])
+@pytest.mark.parametrize("how", FUSIONS[:5])
 def test_forgetting_is_exact(tmp_path, lm, how):
     """After a removal every ln p is, to 1e-6, that of a store that never held the document; so it is after purging."""
     from ralm.what import token_build
