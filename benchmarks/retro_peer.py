@@ -302,10 +302,6 @@ def train(folder: Path, args) -> None:
         mine, other = saved(ours_loss, theirs) / 2 ** 20, saved(their_loss, theirs) / 2 ** 20
         print(f"train     {n} tokens: ours {best['ours']:.2f} s, peer {best['peer']:.2f} s, {best['peer'] / best['ours']:.2f}x; "
               f"saved for backward {mine:.0f} and {other:.0f} MiB, {1 - mine / other:.0%} less; losses differ by {gap:.1e}")
-        ours.trainable("new")
-        best = turns_of(args.repeat, new=lambda f=ours_loss: f().backward())
-        print(f"          new weights alone: {best['new']:.2f} s, {saved(ours_loss, theirs) / 2 ** 20:.0f} MiB")
-        ours.trainable("all")
 
 
 def encoder(folder: Path, args) -> None:

@@ -1,6 +1,5 @@
-"""RETRO: against the definition token by token, against itself in pieces, and as a retrofit of real architectures."""
+"""RETRO: against the definition token by token, and against itself in pieces."""
 
-import functools
 import importlib.util
 import itertools
 from pathlib import Path
@@ -12,67 +11,19 @@ pytest.importorskip("transformers")
 
 from ralm.errors import CapabilityError, UsageError  # noqa: E402
 from ralm.how.rows import PrefixCache, logp_rows  # noqa: E402
-from ralm.lm.gpt import GPT, Decoder, GPTConfig, rotate  # noqa: E402
+from ralm.lm.gpt import rotate  # noqa: E402
 from ralm.lm.hf import HF  # noqa: E402
-from ralm.lm.retro import BETWEEN, Neighbours, Retro, RetroConfig  # noqa: E402
+from ralm.lm.retro import Neighbours, Retro, RetroConfig  # noqa: E402
 from ralm.lm.retro_net import every_third, turns  # noqa: E402
 from ralm.testing import check_lm  # noqa: E402
 from ralm.types import LanguageModel  # noqa: E402
 
-_spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parent / "tiny.py")
-tiny = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tiny)
-
-M, V, K, R = 4, 60, 2, 6  # tokens of a chunk, vocabulary, neighbours, tokens of each
-SHAPE = dict(m=M, layers=(2, 3), width=12, depth=2, heads=2, mlp=16, cross_heads=3, cross_size=6)
-ARCHITECTURES = ("gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_neox")
-CLOSE = dict(atol=2e-5, rtol=1e-4)
-
-
-class Words:
-    """A tokenizer for models that are never asked for text."""
-
-    def __len__(self):
-        return V
-
-
-def loud(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Random weights under which every input matters: nothing at zero, gates open, norms near one."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.copy_(torch.randn(p.shape, generator=g) * 0.3) if p.dim() > 1 else p.add_(torch.randn(p.shape, generator=g) * 0.1)
-    return module
-
-
-@functools.cache
-def retro(gate: str = "none", bias: bool = False, embed: str = "base", enc_layers: tuple = (1,)) -> Retro:
-    net = loud(Decoder(GPTConfig(vocab=V, width=16, layers=4, heads=2, mlp=24, window=64)))
-    lm = Retro(GPT(net, Words(), "gpt:tiny"), RetroConfig(gate=gate, bias=bias, embed=embed, enc_layers=enc_layers, **SHAPE))
-    loud(lm.adapter, 1)
-    return lm
-
-
-def text(n: int, rows: int = 2, seed: int = 0, k: int = K, r: int = R) -> tuple[torch.Tensor, Neighbours]:
-    """Ids and the neighbours of every complete chunk: short ones, missing ones, and one chunk without any."""
-    g = torch.Generator().manual_seed(seed)
-    L = n // M
-    tokens, mask = torch.randint(0, V, (rows, L, k, r), generator=g), torch.ones(rows, L, k, r, dtype=torch.bool)
-    if L:
-        mask[0, 0, -1, r // 2:] = False
-        mask[-1, -1, 0] = False
-    if L > 1:
-        mask[-1, 0] = False
-    return torch.randint(0, V, (rows, n), generator=g), Neighbours(tokens, mask)
-
-
-def some(n: Neighbours, rows=slice(None), chunks=slice(None)) -> Neighbours:
-    return Neighbours(n.tokens[rows, chunks], n.mask[rows, chunks])
-
-
-def close(ours, theirs):
-    torch.testing.assert_close(ours, theirs, **CLOSE)
-
+_spec = importlib.util.spec_from_file_location("tiny_retro", Path(__file__).parent / "tiny_retro.py")
+small = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(small)
+M, V, K, R, SHAPE, tiny = small.M, small.V, small.K, small.R, small.SHAPE, small.tiny
+text, some, close, retro, hf, loud, in_pieces = (
+    small.text, small.some, small.close, small.retro, small.hf, small.loud, small.in_pieces)
 
 # ---- the definition --------------------------------------------------------------------------------------------------------
 
@@ -250,17 +201,6 @@ def test_neighbours_are_read_from_the_last_token_of_their_chunk_on(no_grad):
 # ---- in pieces ------------------------------------------------------------------------------------------------------------
 
 
-def in_pieces(lm: Retro, ids, neighbours: Neighbours, cuts) -> torch.Tensor:
-    """The same text piece by piece, each with the neighbours of the chunks it completes."""
-    past, out = None, []
-    for a, b in itertools.pairwise([0, *cuts, ids.shape[1]]):
-        piece = some(neighbours, chunks=slice(a // lm.m, b // lm.m)) if b // lm.m > a // lm.m else None
-        given = lm.forward(ids[:, a:b], past=past, neighbours=piece)
-        past, out = given.past, [*out, given.logits]
-        assert past.length == b
-    return torch.cat(out, 1)
-
-
 def test_token_by_token_at_every_length(no_grad):
     lm = retro("none")
     for n in range(1, 3 * M + 3):
@@ -353,140 +293,6 @@ def test_keys_and_states_see_the_neighbours(no_grad):
         assert not torch.equal(out.key[:, M:], lm.keys(ids, key)[:, M:]) and out.key.shape[-1] == lm.key_width(key)
         assert torch.equal(lm.keys(ids, key), lm.base.keys(ids, key))
     close(lm.forward(ids, neighbours=n, keep=2).logits, lm.forward(ids, neighbours=n).logits[:, -2:])
-
-
-# ---- retrofit -------------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def hf(kind: str, gate: str = "none", noise: bool = True) -> Retro:
-    base = HF(tiny.make(kind), tiny.tokenizer(), window=64)
-    lm = Retro(base, RetroConfig(gate=gate, **(SHAPE | dict(layers=(1, 2)))))
-    if noise:
-        loud(lm.adapter, 1)
-    return lm
-
-
-@pytest.mark.parametrize("gate", ["tanh", "zero"])
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_step_zero_is_the_base_model_bit_for_bit(kind, gate, no_grad):
-    lm = hf(kind, gate, noise=False)
-    ids, n = text(14)
-    base = lm.base.model(input_ids=ids, use_cache=False).logits
-    assert torch.equal(lm.base.forward(ids).logits, lm.forward(ids, neighbours=n).logits)
-    close(lm.forward(ids, neighbours=n).logits, base)
-    for cross in lm.adapter.cross.values():  # and the way is open: the first step of training moves it
-        w = cross.gate if gate == "tanh" else cross.attention.o.weight
-        w.add_(0.3 if gate == "tanh" else torch.randn(w.shape) * 0.3)
-    assert (lm.forward(ids, neighbours=n).logits - base)[:, M - 1:].abs().amax(-1)[0].min() > 1e-4
-    assert torch.equal(lm.forward(ids).logits, lm.base.forward(ids).logits)  # RETRO[OFF] stays the base model
-
-
-def test_step_zero_of_our_decoder(no_grad):
-    net = loud(Decoder(GPTConfig(vocab=V, width=16, layers=4, heads=2, mlp=24, window=64)))
-    ids, n = text(14)
-    alone = GPT(net, Words(), "gpt:tiny").forward(ids).logits
-    for gate in ("tanh", "zero"):
-        lm = Retro(GPT(net, Words(), "gpt:tiny"), RetroConfig(gate=gate, **SHAPE))
-        assert torch.equal(lm.forward(ids, neighbours=n).logits, alone)
-
-
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_retrofit_enters_the_stream_before_the_feed_forward_network(kind, no_grad, monkeypatch):
-    """The same contributions put in by other means: added to what attention writes to the stream, in the base model alone."""
-    lm = hf(kind)
-    ids, n = text(14)
-    added, at = {}, type(lm._reading(ids, None, None, n)).at
-
-    def record(self, p, x):
-        added[p] = at(self, p, x)
-        return added[p]
-
-    monkeypatch.setattr(type(lm._reading(ids, None, None, n)), "at", record)
-    ours = lm.forward(ids, neighbours=n).logits
-    monkeypatch.undo()
-    blocks = lm.base.model.get_submodule(BETWEEN[lm.base.config.model_type][0])
-    hooks = []
-    for p, c in added.items():
-        block = blocks[p - 1]
-        if kind == "gpt_neox":  # side by side: the FFN must be told itself
-            hooks.append(block.post_attention_layernorm.register_forward_pre_hook(lambda _, args, c=c: (args[0] + c,)))
-            writes = block.attention
-        else:
-            writes = block.attn if kind == "gpt2" else block.post_attention_layernorm if "gemma" in kind else block.self_attn
-        hooks.append(writes.register_forward_hook(
-            lambda _, args, out, c=c: (out[0] + c, *out[1:]) if isinstance(out, tuple) else out + c))
-    theirs = lm.base.model(input_ids=ids, use_cache=False).logits
-    for h in hooks:
-        h.remove()
-    close(ours, theirs)
-    assert set(added) == set(lm.layers) and (ours - lm.base.forward(ids).logits).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_retrofits_decode_as_they_read(kind, no_grad):
-    lm = hf(kind)
-    ids, n = text(3 * M + 2, seed=4)
-    whole = lm.forward(ids, neighbours=n).logits
-    torch.testing.assert_close(in_pieces(lm, ids, n, range(1, 3 * M + 2)), whole, atol=5e-5, rtol=1e-4)
-    torch.testing.assert_close(in_pieces(lm, ids, n, (5, 6, 11)), whole, atol=5e-5, rtol=1e-4)
-
-
-def test_training_the_new_weights_alone():
-    lm = hf("llama", "tanh")
-    ids, n = text(9)
-    weights = lm.trainable("new")
-    assert {id(w) for w in weights} == {id(w) for w in lm.adapter.parameters()}
-    lm.forward(ids, neighbours=n).logits.square().sum().backward()
-    assert all(w.grad is not None and w.grad.abs().max() > 0 for w in weights)
-    assert all(p.grad is None for p in lm.base.model.parameters())
-    assert len(lm.trainable("all")) == len(list(lm.model.parameters()))
-    lm.forward(ids, neighbours=n).logits.square().sum().backward()
-    assert all(p.grad is not None for p in lm.base.model.parameters())
-    lm.model.zero_grad()
-    lm.model.requires_grad_(False)
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "gpt_neox"])
-def test_gradient_checkpointing_reads_the_same_neighbours_again(kind):
-    """Two forwards before one backward, so that what is read again must be each one's own."""
-    lm = hf(kind)
-    lm.base.model.train()
-    for module in lm.base.model.modules():
-        module.p = 0.0 if isinstance(module, torch.nn.Dropout) else getattr(module, "p", None)
-    weights, texts = lm.trainable("all"), [text(9, seed=1), text(9, seed=2)]
-
-    def grads():
-        loss = sum(lm.forward(ids, neighbours=n).logits.sin().sum() for ids, n in texts)
-        return torch.autograd.grad(loss, weights)
-
-    try:
-        plain, runs = grads(), []
-        handle = lm.adapter.encoder.register_forward_hook(lambda *_: runs.append(1))
-        lm.base.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": lm.again})
-        for a, b in zip(plain, grads()):
-            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-        assert len(runs) == 4  # each text's encoder, and once more
-        handle.remove()
-    finally:
-        lm.base.model.gradient_checkpointing_disable()
-        lm.base.model.eval()
-        lm.model.requires_grad_(False)
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_lower_precision(kind, no_grad):
-    """A decoder in bfloat16 under new weights in float32: step 0 is the decoder still; under autocast numbers stay close."""
-    ids, n = text(11)
-    lm = Retro(HF(tiny.make(kind), tiny.tokenizer(), window=64, dtype="bf16"), RetroConfig(**(SHAPE | dict(layers=(1, 2)))))
-    assert torch.equal(lm.forward(ids, neighbours=n).logits, lm.base.forward(ids).logits)
-    loud(lm.adapter, 1)
-    assert torch.isfinite(lm.forward(ids, neighbours=n).logits).all() and next(lm.adapter.parameters()).dtype == torch.float32
-    torch.testing.assert_close(in_pieces(lm, ids, n, range(1, 11)), lm.forward(ids, neighbours=n).logits, atol=0.5, rtol=0.1)
-    lm = retro("none")
-    with torch.autocast("cpu", torch.bfloat16):
-        rough = lm.forward(ids, neighbours=n).logits
-    torch.testing.assert_close(rough, lm.forward(ids, neighbours=n).logits, atol=0.3, rtol=0.1)
 
 
 def test_the_base_model_by_itself_is_untouched(no_grad):
