@@ -91,8 +91,8 @@ def new_part(folder: Path) -> Path:
 
 
 def room(file: Path, kind: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """A new .npy array, mapped for writing. Its bytes are on the disk before the first of them is written: a disk that is full is an
-    OSError here, and would kill the process there."""
+    """A new .npy array, mapped for writing. Its bytes are on the disk before the first of them is written: a disk that is full is
+    an OSError here, and would kill the process there."""
     array = np.lib.format.open_memmap(file, mode="w+", dtype=kind, shape=shape)
     if hasattr(os, "posix_fallocate"):
         with file.open("rb+") as f:

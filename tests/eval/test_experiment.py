@@ -53,6 +53,6 @@ def test_wikitext_is_cut_at_its_articles(tmp_path):
 
 def test_the_plot_is_a_picture(tmp_path):
     pytest.importorskip("matplotlib", reason="plots need ralm[plot]")
-    rows = [{"how": "none", "share": 1.0, "ppl": 90.0}, *({"how": KNN, "share": s, "ppl": p} for s, p in ((0.1, 60.0), (1.0, 30.0)))]
+    rows = [{"how": h, "share": s, "ppl": p} for h, s, p in (("none", 1.0, 90.0), (KNN, 0.1, 60.0), (KNN, 1.0, 30.0))]
     experiment.plot(rows, tmp_path / "out.png", "small")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")

@@ -102,7 +102,7 @@ def test_all_neighbours_are_the_brute_force_softmax(tmp_path, lm):
 def test_what_does_not_fit_is_refused(lm, bm25, tokens, tmp_path, store):
     with pytest.raises(UsageError, match="token store"):
         RALM(lm, how="knn")
-    with pytest.raises(UsageError, match="skip=0.9"):
+    with pytest.raises(UsageError, match=r"skip=0\.9"):
         RALM(lm, how="knn", when="every:4", tokens=tokens)
     with pytest.raises(UsageError, match="without a model"):
         RALM(lm, how="knn", tokens=TokenStore(store, name="laws"))
