@@ -89,51 +89,59 @@ def _products(q_QD, x_BD, out_QB):
 
 
 @summing
-def _distances16(q_QD, bits_ND, first, row_QC, ip, out_QC):
-    """Distances to keys that are float16, given by their bits (uint16), for the rows [first, first + N) among those asked."""
-    D, stop = q_QD.shape[1], first + bits_ND.shape[0]
-    bits = np.empty(D, np.uint32)
+def _distances16(q_QD, bits_ND, first, pairs, C, ip, out):
+    """Distances to keys that are float16, given by their bits (uint16). pairs: row << 32 | place in the flat `out`, ascending, so that
+    keys are read in the order they lie in and each is widened once."""
+    D = q_QD.shape[1]
+    bits, wide = np.empty(D, np.uint32), np.empty(D, np.float32)
     values = bits.view(np.float32)
     scale = np.float32(2.0 ** 112)  # moves the exponent from float16's bias to float32's; exact, subnormals too
-    for q in range(q_QD.shape[0]):
-        a = q_QD[q]
-        for c in range(row_QC.shape[1]):
-            row = row_QC[q, c]
-            if first <= row < stop:
-                key = bits_ND[row - first]
-                for d in range(D):
-                    h = np.uint32(key[d])
-                    bits[d] = ((h & np.uint32(0x7FFF)) << np.uint32(13)) | ((h & np.uint32(0x8000)) << np.uint32(16))
-                s = np.float32(0)
-                if ip:
-                    for d in range(D):
-                        s -= a[d] * (values[d] * scale)
-                else:
-                    for d in range(D):
-                        x = a[d] - values[d] * scale
-                        s += x * x
-                out_QC[q, c] = s
+    last = np.int64(-1)
+    for pair in pairs:
+        row, place = np.int64(pair >> np.uint64(32)), np.int64(pair & np.uint64(0xFFFFFFFF))
+        if row != last:
+            key = bits_ND[row - first]
+            for d in range(D):
+                h = np.uint32(key[d])
+                bits[d] = ((h & np.uint32(0x7FFF)) << np.uint32(13)) | ((h & np.uint32(0x8000)) << np.uint32(16))
+            for d in range(D):
+                wide[d] = values[d] * scale
+            last = row
+        a = q_QD[place // C]
+        s = np.float32(0)
+        if ip:
+            for d in range(D):
+                s -= a[d] * wide[d]
+        else:
+            for d in range(D):
+                x = a[d] - wide[d]
+                s += x * x
+        out[place] = s
 
 
 @summing
-def _distances8(q_QD, keys_ND, step_D, first, row_QC, ip, out_QC):
+def _distances8(q_QD, keys_ND, step_D, first, pairs, C, ip, out):
     """As _distances16, to keys that are int8 multiples of a step per dimension."""
-    D, stop = q_QD.shape[1], first + keys_ND.shape[0]
-    for q in range(q_QD.shape[0]):
-        a = q_QD[q]
-        for c in range(row_QC.shape[1]):
-            row = row_QC[q, c]
-            if first <= row < stop:
-                key = keys_ND[row - first]
-                s = np.float32(0)
-                if ip:
-                    for d in range(D):
-                        s -= a[d] * (np.float32(key[d]) * step_D[d])
-                else:
-                    for d in range(D):
-                        x = a[d] - np.float32(key[d]) * step_D[d]
-                        s += x * x
-                out_QC[q, c] = s
+    D = q_QD.shape[1]
+    wide = np.empty(D, np.float32)
+    last = np.int64(-1)
+    for pair in pairs:
+        row, place = np.int64(pair >> np.uint64(32)), np.int64(pair & np.uint64(0xFFFFFFFF))
+        if row != last:
+            key = keys_ND[row - first]
+            for d in range(D):
+                wide[d] = np.float32(key[d]) * step_D[d]
+            last = row
+        a = q_QD[place // C]
+        s = np.float32(0)
+        if ip:
+            for d in range(D):
+                s -= a[d] * wide[d]
+        else:
+            for d in range(D):
+                x = a[d] - wide[d]
+                s += x * x
+        out[place] = s
 
 
 class Keys:
@@ -182,14 +190,17 @@ class Keys:
 
     def distances(self, q_QD: np.ndarray, row_QC: np.ndarray) -> np.ndarray:
         """float32 [Q, C]: the distance of every query to each of its rows; inf for rows below 0."""
-        out = np.full(row_QC.shape, np.inf, np.float32)
-        q_QD, row_QC, ip = np.ascontiguousarray(q_QD, np.float32), np.ascontiguousarray(row_QC, np.int64), self.metric == "ip"
-        for start, stored in zip(self.starts.tolist(), self.maps):
+        out = np.full(row_QC.size, np.inf, np.float32)
+        q_QD, ip, C = np.ascontiguousarray(q_QD, np.float32), self.metric == "ip", max(1, row_QC.shape[1])
+        pairs = row_QC.reshape(-1).astype(np.uint64) << np.uint64(32) | np.arange(row_QC.size, dtype=np.uint64)
+        pairs.sort()  # rows below 0 come last
+        cut = np.searchsorted(pairs, self.starts.astype(np.uint64) << np.uint64(32))
+        for start, stored, a, b in zip(self.starts.tolist(), self.maps, cut[:-1], cut[1:]):
             if self.step is None:
-                _distances16(q_QD, stored.view(np.uint16), start, row_QC, ip, out)
+                _distances16(q_QD, stored.view(np.uint16), start, pairs[a:b], C, ip, out)
             else:
-                _distances8(q_QD, stored, self.step, start, row_QC, ip, out)
-        return out
+                _distances8(q_QD, stored, self.step, start, pairs[a:b], C, ip, out)
+        return out.reshape(row_QC.shape)
 
 
 def ranked(keys: Keys, q_QD: np.ndarray, row_QC: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
