@@ -90,8 +90,8 @@ def _products(q_QD, x_BD, out_QB):
 
 @summing
 def _distances16(q_QD, bits_ND, first, pairs, C, ip, out):
-    """Distances to keys that are float16, given by their bits (uint16). pairs: row << 32 | place in the flat `out`, ascending, so that
-    keys are read in the order they lie in and each is widened once."""
+    """Distances to keys that are float16, given by their bits (uint16). pairs: row << 32 | place in the flat `out`, ascending, so
+    that keys are read in the order they lie in and each is widened once."""
     D = q_QD.shape[1]
     bits, wide = np.empty(D, np.uint32), np.empty(D, np.float32)
     values = bits.view(np.float32)
