@@ -202,7 +202,7 @@ def test_neighbours_are_read_from_the_last_token_of_their_chunk_on(no_grad):
 
 
 def test_token_by_token_at_every_length(no_grad):
-    lm = retro("none")
+    lm = retro("tanh", True)  # with biases: a row without neighbours beside one that has some must not get them
     for n in range(1, 3 * M + 3):
         ids, neighbours = text(n, seed=n)
         close(in_pieces(lm, ids, neighbours, range(1, n)), lm.forward(ids, neighbours=neighbours).logits)

@@ -46,15 +46,16 @@ def retro(gate: str = "none", bias: bool = False, embed: str = "base", enc_layer
 
 
 def text(n: int, rows: int = 2, seed: int = 0, k: int = K, r: int = R) -> tuple[torch.Tensor, Neighbours]:
-    """Ids and the neighbours of every complete chunk: short ones, missing ones, and one chunk without any."""
+    """Ids and the neighbours of every complete chunk: short ones, missing ones, and (in several rows) chunks without any."""
     g = torch.Generator().manual_seed(seed)
     L = n // M
     tokens, mask = torch.randint(0, V, (rows, L, k, r), generator=g), torch.ones(rows, L, k, r, dtype=torch.bool)
     if L:
         mask[0, 0, -1, r // 2:] = False
         mask[-1, -1, 0] = False
-    if L > 1:
+    if L > 1 and rows > 1:
         mask[-1, 0] = False
+        mask[0, 1] = False  # in the middle: what was read before must not be read on
     return torch.randint(0, V, (rows, n), generator=g), Neighbours(tokens, mask)
 
 
