@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from datetime import datetime
 
+from ralm.errors import StoreError
 from ralm.what import sums, tables
 
 ACTIONS = {"Append": "add", "Update": "change", "Delete": "remove", "Merge": "columns",
@@ -37,6 +38,10 @@ def of(view) -> list[VersionInfo]:
             continue
         total = entry["metadata"].get("total_rows")
         out.append(VersionInfo(number, entry["timestamp"], total=None if total is None else int(total), **_note(view, number)))
+    gap = sorted(set(range(view.facts["floor"], view.version + 1)) - {v.version for v in out})
+    if gap:  # nothing but a purge drops versions, and it moves the floor
+        raise StoreError(f"{view.path / 'documents.lance'} has lost version {gap[0]} (its manifest in _versions is gone), the "
+                         "others can be opened: restore it from a copy")
     return out
 
 

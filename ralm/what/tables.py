@@ -187,6 +187,9 @@ def load(path: Path) -> dict[str, Any]:
     try:
         facts = sums.unsealed(json.loads(file.read_text(encoding="utf-8")))
         number = int(facts["format"])
+        odd = facts.keys() - {"format", "id", "split", *BOUNDS}
+        if odd and number <= FORMAT:  # a checksum under another name would be none
+            raise ValueError(f"nobody writes a '{min(odd)}' there")
         if not all(isinstance(facts[k], str) for k in ("id", "split")) or not all(isinstance(facts[k], int) for k in BOUNDS):
             raise ValueError("a value has the wrong type")
     except (ValueError, KeyError, TypeError, AttributeError) as e:

@@ -217,11 +217,14 @@ def kills(command, count, zygote, base, files, table, fresh, folder) -> int:
     prepared(command, base, folder / "timed" / "kb")
     length = zygote.length(*argv(command, folder / "timed" / "kb", files, table))
     caught = 0
-    for i in range(count):
+    for i in range(3 * count):  # where others use the machine too, a moment may come after the end: another one is drawn
         here = folder / str(i)
         here.mkdir()
-        caught += kill(command, zygote, base, files, table, fresh, here, random.uniform(i, i + 1) / count * length)
+        moment = random.uniform(i % count, i % count + 1) / count * length
+        caught += kill(command, zygote, base, files, table, fresh, here, moment)
         shutil.rmtree(here)
+        if caught >= count and i + 1 >= count:
+            break
     return caught
 
 
@@ -233,4 +236,4 @@ def test_killed_twice(command, zygote, base, files, table, fresh, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_killed_at_twenty_moments(command, zygote, base, files, table, fresh, tmp_path):
-    assert kills(command, 20, zygote, base, files, table, fresh, tmp_path) >= 8
+    assert kills(command, 20, zygote, base, files, table, fresh, tmp_path) == 20

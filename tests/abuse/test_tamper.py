@@ -172,6 +172,22 @@ def test_half_a_line_of_a_killed_writer(base, tmp_path):
         Datastore.open(path)
 
 
+def test_a_version_that_is_gone_is_missed_by_history(base, tmp_path):
+    path = Path(shutil.copytree(base, tmp_path / "kb"))
+    sorted((path / "documents.lance" / "_versions").glob("*.manifest"))[1].unlink()  # the newest but one
+    store = Datastore.open(path)
+    with pytest.raises(StoreError, match=f"lost version {store.version - 1}"):
+        store.history()
+
+
+def test_a_checksum_under_another_name_is_none(base, tmp_path):
+    path = Path(shutil.copytree(base, tmp_path / "kb"))
+    file = path / "store.json"
+    file.write_text(file.read_text().replace('"sum"', '"sue"'))
+    with pytest.raises(StoreError, match="nobody writes a 'sue'"):
+        Datastore.open(path)
+
+
 def test_a_newest_version_that_is_gone_is_not_an_older_datastore(base, tmp_path):
     """Lance alone would take the version before it for the newest one: documents would be back that were removed."""
     path = Path(shutil.copytree(base, tmp_path / "kb"))
