@@ -152,6 +152,7 @@ def examine(path: Path, problems: list[str], notes: list[str] | None = None) -> 
         if not bad:  # what Lance makes of damaged bytes says nothing, and it may end the process
             problems += whole.some(whole.documents(kb))
             problems += whole.some(whole.columns(kb))
+            problems += whole.versions(kb)
         held = {"id": kb.id, "version": kb.version, "split": kb.split, "documents": len(kb), "chunks": len(kb.chunk_ids())}
     except StoreError as e:
         problems += [str(e)] if str(e) not in problems else []

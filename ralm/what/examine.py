@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ralm import progress
+from ralm.errors import StoreError
 from ralm.types import Document
 from ralm.what import filters, tables
 from ralm.what.rows import key_of, row
@@ -39,6 +40,15 @@ def documents(store) -> Iterator[str]:
                 yield (f"document '{document.id}' has {stop[n] - first[n]} chunks, {counts[at]} were cut from it; {_again(store)}")
             yield from _spans(store, document, ids[first[n]:stop[n]], spans[first[n]:stop[n]])
             advance(1)
+
+
+def versions(store) -> list[str]:
+    """One line where a version that should be there has gone, or the log of the versions cannot be read."""
+    try:
+        store.history()
+    except StoreError as e:
+        return [str(e)]
+    return []
 
 
 def _spans(store, document: Document, ids: np.ndarray, spans: np.ndarray) -> Iterator[str]:

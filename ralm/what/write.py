@@ -179,7 +179,7 @@ class Writer:
             keep = self.view._rows[0] if purge else self._named()
             texts = np.setdiff1d(self.view._text_rev, keep)
             dead = int((~np.isin(self.view._chunk[1], keep)).sum())
-            self._drop(texts)
+            self._drop(np.union1d(texts, np.setdiff1d(self.view._chunk[1], keep)))
             advance(1)
             for dataset in (self.texts, self.chunks, *([self.documents] if purge else [])):
                 tables.forget(dataset, everything=purge)
@@ -198,8 +198,9 @@ class Writer:
         tables.save(self.path, facts)
 
     def _drop(self, revs: np.ndarray) -> None:
-        if len(revs):
-            self.texts, self.chunks = tables.delete(self.texts, revs), tables.delete(self.chunks, revs)
+        if len(revs):  # chunks first: killed in between, there is no chunk without its text
+            self.chunks = tables.delete(self.chunks, revs)
+            self.texts = tables.delete(self.texts, revs)
         tables.merge_files(self.texts)
         tables.merge_files(self.chunks)
 

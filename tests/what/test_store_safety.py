@@ -306,3 +306,27 @@ def test_any_filter_is_a_bitmap_or_one_line(store, where):
         assert store.allow(where).shape == (store.chunk_rows,)
     except RalmError as e:
         assert isinstance(e, UsageError) and "\n" not in str(e)
+
+
+def test_a_purge_that_stopped_between_two_tables_leaves_no_chunk_without_its_text(tmp_path, monkeypatch):
+    """Found by killing: texts were dropped first, and the chunks that were left could neither be read nor dropped any more."""
+    from ralm.what import tables
+
+    store = Datastore.build(tmp_path / "kb", [Document(f"d{i}", f"words {i}") for i in range(6)])
+    store.remove(["d1", "d4"])
+    calls, delete = [], tables.delete
+
+    def stops(dataset, revs, note=None):
+        calls.append(dataset.uri)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return delete(dataset, revs, note)
+
+    monkeypatch.setattr(tables, "delete", stops)
+    with pytest.raises(KeyboardInterrupt):
+        store.compact(purge=True)
+    monkeypatch.undo()
+    again = Datastore.open(tmp_path / "kb")
+    assert sum(len(ids) for ids, _, _ in again.texts()) == 4 and len(calls) == 2
+    again.compact(purge=True)
+    assert {s.id for _, s in again.states()} == {"d0", "d2", "d3", "d5"}
