@@ -18,6 +18,10 @@ def artifact(store, folder: Path) -> tuple[list[str], list[str]]:
     except RalmError as e:
         return [str(e)], []
     if now is None:
+        from ralm.index import vectors
+
+        if lost := vectors.orphaned(folder):
+            return [lost], []
         again = f"ralm {'tokens' if folder.parent.name == 'tokens' else 'index'}"
         return [], [f"{folder} has no manifest: a build that never ended; the next {again} goes on with it"]
     broken = [f"{w}; {manifest.remedy(folder)}" for w in manifest.verify(folder, now)]

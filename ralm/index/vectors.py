@@ -188,11 +188,18 @@ def _extend(store, folder: Path, wish: Wish) -> manifest.Manifest:
     return now
 
 
+def orphaned(folder: Path) -> str | None:
+    """What is wrong where there are vectors and no manifest: it comes before the first vectors, and named the encoder."""
+    if not next(folder.glob("*/vectors.npy"), None):
+        return None
+    return (f"{folder} holds vectors and its manifest.json is missing: restore that from a copy, or build it again "
+            f"with the encoder it had; {manifest.remedy(folder)}")
+
+
 def _begin(store, folder: Path, wish: Wish) -> tuple[manifest.Manifest, Encoder]:
     """The first manifest: settings, and the encoder's table where it is a static one."""
-    if next(folder.glob("*/vectors.npy"), None):  # a manifest comes before the first vectors: it was there, and named the encoder
-        raise StoreError(f"{folder} holds vectors and its manifest.json is missing: restore that from a copy, or build it again "
-                         f"with the encoder it had; {manifest.remedy(folder)}")
+    if lost := orphaned(folder):
+        raise StoreError(lost)
     model = encoder(wish.encoder or "minilm")
     settings = {"encoder": model.name, "fingerprint": model.fingerprint, "dim": model.dim,
                 "title": wish.title is not False, "index": wish.index or "auto"}
