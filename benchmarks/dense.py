@@ -12,15 +12,14 @@ squad      success@1, @5, @20 of retrievers: questions of SQuAD v1.1 dev to thei
 Figures move with the machine and its load; compare those of one run."""
 
 import argparse
-import ast
 import json
-import sysconfig
 import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from docstrings import by_file
 
 from ralm.index import ann, exact, vectors
 from ralm.index.dense import Dense
@@ -41,20 +40,13 @@ def clock(out: dict):
 def docstrings(n: int) -> list[str]:
     """Up to n distinct paragraphs of 12 words or more from the docstrings of all installed Python files."""
     found: dict[str, None] = {}
-    for root in (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"]):
-        for file in sorted(Path(root).rglob("*.py")):
-            try:
-                tree = ast.parse(file.read_text(encoding="utf-8"))
-            except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
-                continue
-            for node in ast.walk(tree):
-                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                    for text in (ast.get_docstring(node) or "").split("\n\n"):
-                        if len(text.split()) >= 12:
-                            found[" ".join(text.split())] = None
-            if len(found) >= n:
-                return list(found)[:n]
-    return list(found)
+    for texts in by_file():
+        for text in (paragraph for t in texts for paragraph in t.split("\n\n")):
+            if len(text.split()) >= 12:
+                found[" ".join(text.split())] = None
+        if len(found) >= n:
+            break
+    return list(found)[:n]
 
 
 def encoders(rows: int) -> None:

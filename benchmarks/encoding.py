@@ -5,12 +5,10 @@ Docstrings of 5 to 250 words, whole, of the installed packages, in one process: 
 processor seconds and by the clock. The ratios are to plain sentence-transformers, cosines to its vectors."""
 
 import argparse
-import ast
-import sysconfig
 import time
-from pathlib import Path
 
 import numpy as np
+from docstrings import ROOTS, by_file
 
 from ralm.index.encode import encoder
 
@@ -20,15 +18,9 @@ MOST = 3  # docstrings of one file: no package is most of the sample
 def mixed(n: int) -> list[str]:
     """n distinct docstrings of 5 to 250 words, drawn from those of all installed Python files."""
     found: dict[str, None] = {}
-    for root in (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"]):
-        for file in sorted(Path(root).rglob("*.py")):
-            try:
-                tree = ast.parse(file.read_text(encoding="utf-8"))
-            except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
-                continue
-            texts = (ast.get_docstring(node) for node in ast.walk(tree)
-                     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef))
-            whole = [" ".join(t.split()) for t in texts if t and 5 <= len(t.split()) <= 250]
+    for root in ROOTS:
+        for texts in by_file(root):
+            whole = [" ".join(t.split()) for t in texts if 5 <= len(t.split()) <= 250]
             found.update(dict.fromkeys(whole[:MOST]))
         if len(found) > 20 * n:
             break

@@ -16,18 +16,17 @@ Work that is there already is kept, so the script can be stopped and run again."
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import math
 import os
 import resource
 import subprocess
 import sys
-import sysconfig
 import time
 from pathlib import Path
 
 import numpy as np
+from docstrings import by_file
 
 WIDTH, LAYERS, HEADS, WINDOW, VOCAB = 256, 2, 4, 512, 50_257
 LISTS, CODES, NPROBE = 1024, 32, 32  # of the peer's index; 32 codes of 8 dimensions: with fewer, FAISS trains ten times longer
@@ -36,16 +35,10 @@ LISTS, CODES, NPROBE = 1024, 32, 32  # of the peer's index; 32 codes of 8 dimens
 def text() -> list[str]:
     """Docstrings and documentation of the installed packages, one document a file."""
     out = []
-    for root in (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"]):
-        for file in sorted(Path(root).rglob("*.py")):
-            try:
-                tree = ast.parse(file.read_text(encoding="utf-8"))
-            except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
-                continue
-            nodes = (n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef))
-            parts = [d for n in nodes if (d := ast.get_docstring(n)) and len(d) > 80]
-            if sum(map(len, parts)) > 600:
-                out.append("\n\n".join(parts))
+    for texts in by_file():
+        parts = [t for t in texts if len(t) > 80]
+        if sum(map(len, parts)) > 600:
+            out.append("\n\n".join(parts))
     return out
 
 

@@ -384,14 +384,12 @@ class _Run:
     def _logprobs(self, context: int, stop: int, segments: Sequence[Segment], targets: bool = False):
         import torch
 
+        from ralm.how.rows import targets_of
+
         how = self.ralm.how
         self.due = [context + s.at for s in segments if s.at is not None]
         self.range = range(context + segments[0].start, context + segments[-1].stop)
-        read = how.logprobs
-        if targets:
-            from ralm.how.rows import of_targets
-
-            read = getattr(how, "targets", None) or partial(of_targets, how)
+        read = targets_of(how) if targets else how.logprobs
         ids_BT = torch.tensor([self.ids[context:stop]], dtype=torch.long)
         return read(self.lm, ids_BT, segments, _Fetch(self, context), self.ralm.store)
 

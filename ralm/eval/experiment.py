@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,28 +142,45 @@ def plot(rows: list[dict[str, Any]], file: Path, title: str) -> None:
     figure.savefig(file)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(text: str | None) -> argparse.ArgumentParser:
+    """What every command that runs a recipe takes."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--work", type=Path, default=Path("runs"))
-    parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", action="store_true")
-    a = parser.parse_args()
+    return parser
+
+
+def command(a: argparse.Namespace, measure: Callable[[dict[str, Any]], list[dict[str, Any]]], lines: Callable,
+            dumps: Callable) -> int:
+    """Read the recipe, measure, print; the exit code: 0 where every row is as expected."""
     from ralm.app.terminal import Talk
 
     try:
         progress.use(Talk())
         recipe = {"name": a.recipe.stem} | tomllib.loads(a.recipe.read_text(encoding="utf-8"))
         a.work.mkdir(parents=True, exist_ok=True)
-        rows = run(recipe, a.data, a.work)
-        if a.plot:
-            plot(rows, a.plot, recipe["title"])
+        rows = measure(recipe)
     except RalmError as e:
         sys.stderr.write(f"{e}\n")
         return e.exit_code
-    sys.stdout.write((json.dumps(rows, indent=1, default=str) if a.json else "\n".join(lines(recipe, rows))) + "\n")
+    sys.stdout.write((dumps(rows) if a.json else "\n".join(lines(recipe, rows))) + "\n")
     return 0 if all(map(good, rows)) else 1
+
+
+def main() -> int:
+    parser = arguments(__doc__)
+    parser.add_argument("--plot", type=Path)
+    a = parser.parse_args()
+
+    def measure(recipe: dict[str, Any]) -> list[dict[str, Any]]:
+        rows = run(recipe, a.data, a.work)
+        if a.plot:
+            plot(rows, a.plot, recipe["title"])
+        return rows
+
+    return command(a, measure, lines, lambda rows: json.dumps(rows, indent=1, default=str))
 
 
 if __name__ == "__main__":

@@ -9,17 +9,15 @@ by more than `tolerance` nats a token makes the command fail."""
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ralm import progress
-from ralm.errors import RalmError, UsageError
+from ralm.errors import UsageError
+from ralm.eval.experiment import arguments, command, good
 from ralm.eval.perplexity import evaluate_perplexity
 from ralm.types import Document
 
@@ -97,10 +95,6 @@ def _case(recipe: dict[str, Any], case: dict[str, Any], kb: Any, lm: Any, name: 
                    "convention": got["convention"]}
 
 
-def good(row: dict[str, Any]) -> bool:
-    return row["off"] is None or abs(row["off"]) <= row["tolerance"]
-
-
 def lines(recipe: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield f"{recipe['name']}: {recipe['title']}"
     for r in rows:
@@ -114,24 +108,11 @@ def lines(recipe: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Iterator[st
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--work", type=Path, default=Path("runs"))
-    parser.add_argument("--json", action="store_true")
-    a = parser.parse_args()
-    from ralm.app.terminal import Talk, dumps
+    from ralm.app.terminal import dumps
 
-    try:
-        progress.use(Talk())
-        recipe = {"name": a.recipe.stem} | tomllib.loads(a.recipe.read_text(encoding="utf-8"))
-        a.work.mkdir(parents=True, exist_ok=True)
-        rows = run(recipe, list(books(a.data / recipe["store"]["source"])), a.work)
-    except RalmError as e:
-        sys.stderr.write(f"{e}\n")
-        return e.exit_code
-    sys.stdout.write((dumps({"rows": rows}) if a.json else "\n".join(lines(recipe, rows))) + "\n")
-    return 0 if all(map(good, rows)) else 1
+    a = arguments(__doc__).parse_args()
+    return command(a, lambda recipe: run(recipe, list(books(a.data / recipe["store"]["source"])), a.work), lines,
+                   lambda rows: dumps({"rows": rows}))
 
 
 if __name__ == "__main__":

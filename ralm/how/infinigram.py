@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ralm.errors import UsageError
 from ralm.how.input import Plain
+from ralm.how.output import AtOutput
 from ralm.registry import real, whole
 from ralm.types import Fusion, LanguageModel, Segment
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class InfiniGram:
+class InfiniGram(AtOutput):
     """lam: weight of an estimate, 0 to 1; sparse: its weight where all occurrences have the same successor; levels: suffixes of
     1 .. levels tokens are mixed in below the longest (0: the published form); least: occurrences the longest must have; most:
     tokens of it that are looked at (None: all).
@@ -45,7 +46,6 @@ class InfiniGram:
     least: int = 1
     most: int | None = None
     inner: Fusion = field(default_factory=Plain)
-    how: ClassVar[str] = "output"
     asks: ClassVar[str] = "suffix"
 
     def __post_init__(self):
@@ -68,13 +68,6 @@ class InfiniGram:
         return self.inner.needs | {"logits"}
 
     @property
-    def query_tokens(self) -> int:
-        return self.inner.query_tokens
-
-    def reserve(self, lm: LanguageModel) -> int:
-        return self.inner.reserve(lm)
-
-    @property
     def idle(self) -> bool:
         """Whether the counts can change nothing."""
         return self.lam == 0 and self.sparse == 0
@@ -93,11 +86,9 @@ class InfiniGram:
         """Yield (segment, logp_BS): ln p of the tokens that stand in ids_BT."""
         import torch
 
-        from ralm.how.rows import of_targets
+        from ralm.how.rows import targets_of
 
-        inner = getattr(self.inner, "targets", None)
-        args = lm, ids_BT, segments, fetch, store
-        for s, logp_BS in inner(*args) if inner else of_targets(self.inner, *args):
+        for s, logp_BS in targets_of(self.inner)(lm, ids_BT, segments, fetch, store):
             found = self._find(ids_BT, s, fetch)
             yield s, logp_BS if found is None else torch.stack([self.mix_targets(p, f) for p, f in zip(logp_BS, found)])
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ralm.errors import UsageError
@@ -35,8 +34,22 @@ if TYPE_CHECKING:
     Span = tuple[Segment, Tensor]
 
 
+class AtOutput:
+    """What fusions at the output share: below them speaks `inner`, which takes what room and what query it wants."""
+
+    inner: Fusion
+    how: ClassVar[str] = "output"
+
+    @property
+    def query_tokens(self) -> int:
+        return self.inner.query_tokens
+
+    def reserve(self, lm: LanguageModel) -> int:
+        return self.inner.reserve(lm)
+
+
 @dataclass(frozen=True)
-class Interpolate:
+class Interpolate(AtOutput):
     """kNN-LM. k: neighbours; temperature: of the softmax over distances (exact squared Euclidean ones are in the hundreds: tune it,
     ralm tune knn); lam: their weight,
 
@@ -61,7 +74,6 @@ class Interpolate:
     inner: Fusion = field(default_factory=Plain)
     gate: Gate | None = field(default=None, repr=False)  # of lam=learned; `bound` reads it
     what: ClassVar[str] = "tokens"
-    how: ClassVar[str] = "output"
 
     def __post_init__(self):
         whole(0, k=self.k, automaton=self.automaton)
@@ -83,13 +95,6 @@ class Interpolate:
     @property
     def needs(self) -> frozenset[str]:
         return self.inner.needs | {"logits", "hidden"}
-
-    @property
-    def query_tokens(self) -> int:
-        return self.inner.query_tokens
-
-    def reserve(self, lm: LanguageModel) -> int:
-        return self.inner.reserve(lm)
 
     @property
     def idle(self) -> bool:
@@ -121,10 +126,9 @@ class Interpolate:
 
     def targets(self, lm: LanguageModel, ids_BT: Tensor, segments: Sequence[Segment], fetch: Callable, store) -> Iterator[Span]:
         """Yield (segment, logp_BS): ln p of the tokens that stand in ids_BT, without a distribution over the vocabulary."""
-        from ralm.how.rows import of_targets
+        from ralm.how.rows import targets_of
 
-        below = getattr(self.inner, "targets", None) or partial(of_targets, self.inner)
-        yield from self._spans(below, True, lm, ids_BT, segments, fetch, store)
+        yield from self._spans(targets_of(self.inner), True, lm, ids_BT, segments, fetch, store)
 
     def _spans(self, below: Callable, targets: bool, lm: LanguageModel, ids_BT: Tensor, segments: Sequence[Segment],
                fetch: Callable, store) -> Iterator[Span]:

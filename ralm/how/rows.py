@@ -7,14 +7,15 @@ their new tokens. Both give the same numbers, which is why a fusion need not kno
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ralm.types import LanguageModel, LMOut
+from ralm.types import Fusion, LanguageModel, LMOut, Segment
 
 # Most tokens (rows x length) in one forward. Bounds memory; on two CPU cores short rows gain from batches of this size, rows of
 # several hundred tokens lose nothing (they do lose with 8192, where activations leave the caches).
@@ -78,6 +79,11 @@ def confidence(logp_SV: Tensor) -> Tensor:
     """float32 [S, 2]: ln of the largest probability, and the entropy in nats."""
     p_SV = logp_SV.exp()
     return torch.stack([logp_SV.max(-1).values, -(p_SV * logp_SV.clamp(min=-1e30)).sum(-1)], -1)
+
+
+def targets_of(how: Fusion) -> Callable[..., Iterator[tuple[Segment, Tensor]]]:
+    """A fusion's way to ln p of the text's own tokens: its `targets`, or what `logprobs` says of them."""
+    return getattr(how, "targets", None) or partial(of_targets, how)
 
 
 def of_targets(how, lm: LanguageModel, ids_BT: Tensor, segments, fetch, store) -> Iterator[tuple[Any, Tensor]]:

@@ -13,7 +13,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from ralm.index import half
 from ralm.index.compiled import compiled
+from ralm.index.half import widen
 
 BLOCK, QUERIES = 4096, 1024  # rows and queries of one matrix product: its result stays in the processor's cache
 NONE, NOTHING = np.zeros(0, bool), np.uint64(0xFFFFFFFFFFFFFFFF)  # no filter; the pair that is none
@@ -101,7 +103,7 @@ def _blocks(rows, allowed: np.ndarray | None, first: int):
             row = np.flatnonzero(here)
             vectors, row, here = vectors[row], start + row, NONE
         if n:
-            _widen(_bits(vectors), wide[:len(vectors)])
+            half.widen_rows(half.bits(vectors), wide[:len(vectors)])
             yield start, row, wide[:len(vectors)], here
 
 
@@ -149,24 +151,6 @@ def _sink(best, s):
         best[i] = best[child]
         i = child
     best[i] = s
-
-
-def _bits(vectors: np.ndarray) -> np.ndarray:
-    """float16 as uint16, which compiled loops can read; a plain array, since a memmap costs every call more."""
-    return np.asarray(vectors).view(np.uint16)
-
-
-@compiled
-def _widen(bits_ND, out_ND):
-    """float16, given by its bits, as float32: 13 times as fast as numpy."""
-    wide_ND = out_ND.view(np.uint32)
-    scale = np.float32(2.0 ** 112)  # moves the exponent from float16's bias to float32's; exact, subnormals too
-    for i in range(bits_ND.shape[0]):
-        for d in range(bits_ND.shape[1]):
-            h = np.uint32(bits_ND[i, d])
-            wide_ND[i, d] = ((h & np.uint32(0x7FFF)) << np.uint32(13)) | ((h & np.uint32(0x8000)) << np.uint32(16))
-        for d in range(bits_ND.shape[1]):
-            out_ND[i, d] *= scale
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------
@@ -238,9 +222,9 @@ def _score(q_QD, bits_RD, first, begin_Q, row_P, allowed_R, plan, key_P):
     Rows: below 2^32 - 1. Pairs of a query of zeros, of row -1 and of rows that are not allowed (empty for all) are left alone.
     Returns nothing of use."""
     D, stop = q_QD.shape[1], first + bits_RD.shape[0]
-    wide, product, one = np.empty(D, np.uint32), np.empty(D, np.float64), np.empty(1, np.float32)
-    value, bits, waiting = wide.view(np.float32), one.view(np.uint32), np.empty(len(plan), np.float64)
-    scale, check, touched = np.float32(2.0 ** 112), len(allowed_R) > 0, np.int64(0)  # see _widen
+    value, product, one = np.empty(D, np.float32), np.empty(D, np.float64), np.empty(1, np.float32)
+    wide, bits, waiting = value.view(np.uint32), one.view(np.uint32), np.empty(len(plan), np.float64)
+    check, touched = len(allowed_R) > 0, np.int64(0)
     for q in range(len(q_QD)):
         a = q_QD[q]
         if not a.any():
@@ -254,12 +238,9 @@ def _score(q_QD, bits_RD, first, begin_Q, row_P, allowed_R, plan, key_P):
             row = row_P[p]
             if row < first or row >= stop or (check and not allowed_R[row]):
                 continue
-            stored = bits_RD[row - first]
+            widen(bits_RD[row - first], wide, value)
             for d in range(D):
-                h = np.uint32(stored[d])
-                wide[d] = ((h & np.uint32(0x7FFF)) << np.uint32(13)) | ((h & np.uint32(0x8000)) << np.uint32(16))
-            for d in range(D):
-                product[d] = np.float64(a[d]) * np.float64(value[d] * scale)
+                product[d] = np.float64(a[d]) * np.float64(value[d])
             one[0] = np.float32(0) - np.float32(_sum(product, plan, waiting))  # never -0, so that zeros tie
             b = bits[0]
             b = ~b if b >> np.uint32(31) else b | np.uint32(1 << 31)  # negative numbers order the other way round

@@ -79,7 +79,7 @@ def _tokens(store, folder: Path, now: manifest.Manifest) -> tuple[list[str], lis
     if behind := int((alive >= now.stop).sum()):
         notes.append(f"{folder} does not hold the {behind:,} newest documents yet: {manifest.tokens_command(folder)} (or the next "
                      "--how knn) reads them")
-    gone = np.setdiff1d(rows.revs, np.fromiter((rev for rev, _ in store.states()), np.int64))
+    gone = np.setdiff1d(rows.revs, store.stored_revisions())
     if len(gone):
         notes.append(f"{folder} holds the tokens of {len(gone):,} documents that are gone: ralm compact {store.path} drops "
                      "them")
@@ -99,8 +99,7 @@ def _rows(store, folder: Path, now: manifest.Manifest, ids: np.ndarray) -> tuple
     if behind:
         notes.append(f"{folder} does not cover the {behind:,} newest chunks yet: the next search adds them, or ralm index "
                      f"{store.path}")
-    stored = [i for i, _, _ in store.texts()]
-    gone = np.setdiff1d(ids, np.concatenate([np.zeros(0, np.int64), *stored]), assume_unique=True)
+    gone = np.setdiff1d(ids, store.stored_ids(), assume_unique=True)
     if len(gone):
         notes.append(f"{folder} holds rows of {len(gone):,} chunks that are gone for good: ralm compact {store.path} drops them")
     return [], notes

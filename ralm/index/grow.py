@@ -67,14 +67,9 @@ def ready(store, wish: Wish) -> manifest.Manifest:
 
 def opened(store, wish: Wish) -> tuple[manifest.Manifest, list[tuple[manifest.Part, postings.Segment]]]:
     """The index, ready, with its segments mapped (parts without rows left out)."""
-    folder, now = folder_of(store), ready(store, wish)
-    while True:
-        try:
-            return now, [(p, postings.open_segment(folder, p)) for p in now.parts if p.rows]
-        except (StoreError, FileNotFoundError):
-            before, now = now, ready(store, wish)
-            if now == before:  # otherwise a writer merged segments while we were opening them: look again
-                raise
+    folder = folder_of(store)
+    return manifest.opened(lambda: ready(store, wish),
+                           lambda now: [(p, postings.open_segment(folder, p)) for p in now.parts if p.rows])
 
 
 def _extend(store, folder: Path, settings: Settings, title: bool, facts: dict[str, Any]) -> manifest.Manifest:

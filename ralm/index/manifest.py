@@ -13,10 +13,10 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from ralm.what import sums
 from ralm.what.sums import sha256
 
 FORMAT = 1
+Opened = TypeVar("Opened")
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,19 @@ def _spec(folder: Path) -> str:
     encoder = str(_settings(folder).get("encoder", "")) if name == "dense" else ""
     parts = [p for p in (encoder, f"name={options}" if options else "") if p]
     return f"{name}:{','.join(parts)}" if parts else name
+
+
+def opened(ready: Callable[[], Manifest], read: Callable[[Manifest], Opened]) -> tuple[Manifest, Opened]:
+    """The manifest that `ready` gives and what `read` makes of it. Where a writer merged parts while they were being opened, once
+    more with what is there now; otherwise the StoreError or FileNotFoundError of `read`."""
+    now = ready()
+    while True:
+        try:
+            return now, read(now)
+        except (StoreError, FileNotFoundError):
+            before, now = now, ready()
+            if now == before:
+                raise
 
 
 def verify(folder: Path, manifest: Manifest) -> list[str]:

@@ -1,9 +1,9 @@
 """Nearest keys: exact search in blocks, and the one way in which every distance is computed.
 
 A distance is the squared Euclidean one (or minus the inner product), between the query (float32) and the stored key, summed in
-float32 by one compiled loop. It does not depend on what else is stored, in which blocks or by
-which index a key was found: a store that lost a document gives the same bits as one that never held it. Matrix products in
-float32 only choose candidates, more than are wanted, and where rounding could have hidden a nearer key the search is widened.
+float32 by one compiled loop. It does not depend on what else is stored, in which blocks or by which index a key was found: a
+store that lost a document gives the same bits as one that never held it. Matrix products in float32 only choose candidates, more
+than are wanted, and where rounding could have hidden a nearer key the search is widened.
 
 Shapes: Q queries, D dimensions, N rows, K neighbours, C candidates."""
 
@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from ralm.errors import unknown
+from ralm.index import half
 from ralm.index.compiled import compiled, summing
+from ralm.index.half import widen
 
 BLOCK, DEVICE_BLOCK = 16_384, 262_144  # rows of one matrix product; on a GPU
 QUERIES = 512  # queries of one matrix product
@@ -89,59 +91,43 @@ def _products(q_QD, x_BD, out_QB):
 
 
 @summing
+def _distance(a, b, ip):
+    s = np.float32(0)
+    if ip:
+        for d in range(len(a)):
+            s -= a[d] * b[d]
+    else:
+        for d in range(len(a)):
+            x = a[d] - b[d]
+            s += x * x
+    return s
+
+
+@summing
 def _distances16(q_QD, bits_ND, first, pairs, C, ip, out):
     """Distances to keys that are float16, given by their bits (uint16). pairs: row << 32 | place in the flat `out`, ascending, so
     that keys are read in the order they lie in and each is widened once."""
-    D = q_QD.shape[1]
-    bits, wide = np.empty(D, np.uint32), np.empty(D, np.float32)
-    values = bits.view(np.float32)
-    scale = np.float32(2.0 ** 112)  # moves the exponent from float16's bias to float32's; exact, subnormals too
-    last = np.int64(-1)
+    key = np.empty(q_QD.shape[1], np.float32)
+    wide, last = key.view(np.uint32), np.int64(-1)
     for pair in pairs:
-        row, place = np.int64(pair >> np.uint64(32)), np.int64(pair & np.uint64(0xFFFFFFFF))
+        row, place = np.int64(pair >> np.uint64(32)), np.int64(pair & np.uint64(NOTHING))
         if row != last:
-            key = bits_ND[row - first]
-            for d in range(D):
-                h = np.uint32(key[d])
-                bits[d] = ((h & np.uint32(0x7FFF)) << np.uint32(13)) | ((h & np.uint32(0x8000)) << np.uint32(16))
-            for d in range(D):
-                wide[d] = values[d] * scale
+            widen(bits_ND[row - first], wide, key)
             last = row
-        a = q_QD[place // C]
-        s = np.float32(0)
-        if ip:
-            for d in range(D):
-                s -= a[d] * wide[d]
-        else:
-            for d in range(D):
-                x = a[d] - wide[d]
-                s += x * x
-        out[place] = s
+        out[place] = _distance(q_QD[place // C], key, ip)
 
 
 @summing
 def _distances8(q_QD, keys_ND, step_D, first, pairs, C, ip, out):
     """As _distances16, to keys that are int8 multiples of a step per dimension."""
-    D = q_QD.shape[1]
-    wide = np.empty(D, np.float32)
-    last = np.int64(-1)
+    key, last = np.empty(q_QD.shape[1], np.float32), np.int64(-1)
     for pair in pairs:
-        row, place = np.int64(pair >> np.uint64(32)), np.int64(pair & np.uint64(0xFFFFFFFF))
+        row, place = np.int64(pair >> np.uint64(32)), np.int64(pair & np.uint64(NOTHING))
         if row != last:
-            key = keys_ND[row - first]
-            for d in range(D):
-                wide[d] = np.float32(key[d]) * step_D[d]
+            for d in range(len(key)):
+                key[d] = np.float32(keys_ND[row - first, d]) * step_D[d]
             last = row
-        a = q_QD[place // C]
-        s = np.float32(0)
-        if ip:
-            for d in range(D):
-                s -= a[d] * wide[d]
-        else:
-            for d in range(D):
-                x = a[d] - wide[d]
-                s += x * x
-        out[place] = s
+        out[place] = _distance(q_QD[place // C], key, ip)
 
 
 class Keys:
@@ -166,8 +152,11 @@ class Keys:
 
     def wide(self, keys: np.ndarray) -> np.ndarray:
         """Stored keys as float32."""
-        keys = np.asarray(keys).astype(np.float32)
-        return keys if self.step is None else keys * self.step
+        if self.step is not None:
+            return np.asarray(keys).astype(np.float32) * self.step
+        out = np.empty(keys.shape, np.float32)
+        half.widen_rows(half.bits(keys), out)
+        return out
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """float32 [n, D]: the keys of these rows, as they are stored."""
@@ -177,16 +166,16 @@ class Keys:
             out[here] = self.wide(stored[rows[here] - start])
         return out
 
-    def blocks(self, size: int = BLOCK, keep: bool = True) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    def blocks(self, keep: bool = True) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(first row, float32 [n, D], squared lengths [n]); widened copies are kept while they take less than CACHE bytes."""
         for start, stored, norms in zip(self.starts.tolist(), self.maps, self.norms):
-            for a in range(0, len(stored), size):
-                x = self._float32.get(start + a) if size == BLOCK else None
+            for a in range(0, len(stored), BLOCK):
+                x = self._float32.get(start + a)
                 if x is None:
-                    x = self.wide(stored[a:a + size])
-                    if keep and size == BLOCK and 4 * self.dim * BLOCK * (len(self._float32) + 1) <= CACHE:
+                    x = self.wide(stored[a:a + BLOCK])
+                    if keep and 4 * self.dim * BLOCK * (len(self._float32) + 1) <= CACHE:
                         self._float32[start + a] = x
-                yield start + a, x, norms[a:a + size]
+                yield start + a, x, norms[a:a + BLOCK]
 
     def distances(self, q_QD: np.ndarray, row_QC: np.ndarray) -> np.ndarray:
         """float32 [Q, C]: the distance of every query to each of its rows; inf for rows below 0."""
@@ -197,7 +186,7 @@ class Keys:
         cut = np.searchsorted(pairs, self.starts.astype(np.uint64) << np.uint64(32))
         for start, stored, a, b in zip(self.starts.tolist(), self.maps, cut[:-1], cut[1:]):
             if self.step is None:
-                _distances16(q_QD, stored.view(np.uint16), start, pairs[a:b], C, ip, out)
+                _distances16(q_QD, half.bits(stored), start, pairs[a:b], C, ip, out)
             else:
                 _distances8(q_QD, stored, self.step, start, pairs[a:b], C, ip, out)
         return out.reshape(row_QC.shape)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ralm.errors import StoreError, UsageError
+from ralm.errors import UsageError
 from ralm.index import manifest
 from ralm.index import suffix_kernels as kernels
 from ralm.index import suffix_parts as parts
@@ -288,14 +288,9 @@ class View:
 
 
 def _open(store, wish: Wish) -> list[Piece]:
-    folder, now = wish.folder(store), parts.ready(store, wish)
-    while True:
-        try:
-            return [Piece(folder, p, now.settings) for p in now.parts if p.rows]
-        except (StoreError, FileNotFoundError):
-            before, now = now, parts.ready(store, wish)
-            if now == before:  # otherwise a writer merged parts while we were opening them: look again
-                raise
+    folder = wish.folder(store)
+    return manifest.opened(lambda: parts.ready(store, wish),
+                           lambda now: [Piece(folder, p, now.settings) for p in now.parts if p.rows])[1]
 
 
 def _allowed(store, where: str | None, exclude: Sequence[str]) -> dict[int, np.ndarray]:

@@ -268,8 +268,7 @@ def compact(store, folder: Path) -> None:
         now = manifest.load(folder)
         if now is None:
             return
-        stored = np.array([rev for rev, _ in store.states()], np.int64)
-        parts = []
+        stored, parts = store.stored_revisions(), []
         for part in now.parts:
             if part.rows and not np.isin(load(folder, part, "documents.npy")[:, 0].astype(np.int64) + part.first, stored).all():
                 part = _sorted(folder, now, [part], stored)

@@ -21,7 +21,7 @@ import numpy as np
 
 from ralm import progress
 from ralm.errors import FingerprintError, StoreError, UsageError
-from ralm.index import manifest
+from ralm.index import half, manifest
 from ralm.index.encode import Encoder, canonical, encoder
 from ralm.index.static import Static
 
@@ -72,7 +72,7 @@ class Rows:
     @cached_property
     def bits(self) -> list[tuple[int, np.ndarray]]:
         """(first row, uint16 [n, D]) of every part, as compiled loops read float16; plain arrays: a memmap costs every call."""
-        return [(start, np.asarray(m).view(np.uint16)) for start, m in zip(self.starts.tolist(), self.maps) if len(m)]
+        return [(start, half.bits(m)) for start, m in zip(self.starts.tolist(), self.maps) if len(m)]
 
     def slices(self, first: int, stop: int, size: int):
         """(first row, float16 [n, D]) over the rows [first, stop), at most `size` at a time, never across parts."""
@@ -150,16 +150,14 @@ def ready(store, wish: Wish) -> manifest.Manifest:
 
 def opened(store, wish: Wish) -> tuple[manifest.Manifest, Rows]:
     """The vectors, ready and mapped."""
-    folder, now = wish.folder(store), ready(store, wish)
-    while True:
-        try:
-            for part in now.parts:
-                manifest.sizes(folder, part)
-            return now, Rows(folder, now)
-        except (StoreError, FileNotFoundError):
-            before, now = now, ready(store, wish)
-            if now == before:  # otherwise a writer merged parts while we were opening them: look again
-                raise
+    folder = wish.folder(store)
+
+    def rows(now: manifest.Manifest) -> Rows:
+        for part in now.parts:
+            manifest.sizes(folder, part)
+        return Rows(folder, now)
+
+    return manifest.opened(lambda: ready(store, wish), rows)
 
 
 def _due(now: manifest.Manifest, wish: Wish) -> bool:
@@ -276,9 +274,7 @@ def compact(store, folder: Path) -> None:
         now = manifest.load(folder)
         if now is None:
             return
-        found = [ids for ids, _, _ in store.texts()]
-        stored = np.concatenate(found) if found else np.zeros(0, np.int64)
-        parts = []
+        stored, parts = store.stored_ids(), []
         for part in now.parts:
             if "vectors.npy" in part.files:
                 ids = np.asarray(_map(folder, part, "ids.npy"))

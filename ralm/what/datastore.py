@@ -220,6 +220,15 @@ class Datastore:
         or not: what an artifact of whole documents is built from."""
         return self._view.states(first)
 
+    def stored_revisions(self) -> np.ndarray:
+        """int64, ascending, read-only: all stored revisions, those that this version does not hold among them."""
+        return self._view.stored_revisions()
+
+    def characters(self, first: int = 0) -> int:
+        """How many characters all stored revisions >= first have, from the ends of their chunks: no text is read, and white space
+        behind the last chunk of a document does not count."""
+        return self._view.characters(first)
+
     def state(self, revs: Sequence[int]) -> dict[int, Source]:
         """The stored states of these revisions. Raises StoreError for one that was never given or that compaction dropped."""
         return self._view.sources(np.asarray(revs, np.int64)) if len(revs) else {}

@@ -306,11 +306,11 @@ def estimate(store, lm, name: str, wish: Wish) -> dict[str, float]:
     if (found := manifest.load(folder)) is not None:
         check(folder, found, store, lm, wish)
     settings = settled(lm, wish) if found is None else dict(found.settings)
-    characters, sample = 0, []
-    for _, source in store.states(found.stop if found else 0):
-        characters += len(source.text)
-        if sum(len(s) for s in sample) < 160_000:
-            sample.append(source.text[:20_000])
+    first, sample = found.stop if found else 0, []
+    for _, source in store.states(first):
+        sample.append(source.text[:20_000])
+        if sum(map(len, sample)) >= 160_000:
+            break
     tokens = [lm.tokenizer.encode(s) for s in sample]
     rate = sum(map(len, tokens)) / max(1, sum(map(len, sample)))
     done, began, bundle = 0, time.perf_counter(), []
@@ -322,7 +322,7 @@ def estimate(store, lm, name: str, wish: Wish) -> dict[str, float]:
                 break
     seconds = (time.perf_counter() - began) / max(1, done)
     each = settings["dim"] * DTYPES[settings["dtype"]]().itemsize + 4 + value_type(lm.vocab)().itemsize
-    rows = round(characters * rate)
+    rows = round(store.characters(first) * rate)
     return {"rows": rows, "bytes": rows * each, "seconds": rows * seconds,
             "memory": min(rows, ROWS) * each + 4 * CHUNK + 4 * BATCH_TOKENS["cpu"] * settings["width"] * 8}
 
@@ -378,8 +378,7 @@ def _run(store, folder: Path, now: manifest.Manifest, lm) -> manifest.Manifest:
     most = max(PAD, CHUNK // settings["width"])
     writer, since, held = None, time.monotonic(), 0
     texts: list[tuple[int, list[int]]] = []
-    characters = sum(len(s.text) for _, s in store.states(now.stop))
-    with progress.task(f"tokens ({lm.name})", total=characters, unit="characters") as advance:
+    with progress.task(f"tokens ({lm.name})", total=store.characters(now.stop), unit="characters") as advance:
         for rev, source in store.states(now.stop):
             writer = writer or Writer(folder, now.stop, settings["vocab"])
             texts.append((rev, lm.tokenizer.encode(source.text)))
@@ -480,7 +479,7 @@ def compact(store, name: str) -> None:
         now = manifest.load(folder)
         if now is None:
             return
-        stored = {rev for rev, _ in store.states()}
+        stored = set(store.stored_revisions().tolist())
         parts = []
         for part in now.parts:
             if "documents.npy" in part.files:

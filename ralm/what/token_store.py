@@ -307,15 +307,8 @@ class _Leaf:
     def __init__(self, store, offset: int, owner: TokenStore):
         self.store, self.offset, self.nprobe = store, offset, owner.nprobe
         folder, wish = token_build.folder_of(store, owner.name), owner._wish
-        now = token_build.ready(store, owner.lm, owner.name, wish)
-        while True:
-            try:
-                self.rows = Rows(folder, now)
-                break
-            except (StoreError, FileNotFoundError):
-                before, now = now, token_build.ready(store, owner.lm, owner.name, wish)
-                if now == before:  # otherwise a writer merged parts while we were opening them: look again
-                    raise
+        now, self.rows = manifest.opened(lambda: token_build.ready(store, owner.lm, owner.name, wish),
+                                         lambda now: Rows(folder, now))
         self.rows.keys.device = owner.device
         exact = inverted.kind_of(wish.index or now.settings["index"], len(self.rows)) == "exact"
         self.near = None if exact else inverted.open_index(folder, now, self.rows.keys)

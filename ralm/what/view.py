@@ -315,9 +315,17 @@ class View:
 
     def stored_ids(self) -> np.ndarray:
         """See Datastore.stored_ids."""
-        ids = self._chunk[0].view()
-        ids.flags.writeable = False
-        return ids
+        return _fixed(self._chunk[0])
+
+    def stored_revisions(self) -> np.ndarray:
+        """See Datastore.stored_revisions."""
+        return _fixed(self._text_rev)
+
+    def characters(self, first: int = 0) -> int:
+        """See Datastore.characters."""
+        begin = int(np.searchsorted(self._chunk[1], first))  # ids and revs grow together
+        rev, end = self._chunk[1][begin:], self._span[1][begin:]
+        return int(np.maximum.reduceat(end, np.flatnonzero(np.r_[True, rev[1:] != rev[:-1]])).sum()) if len(rev) else 0
 
     def stored(self, first: int = 0, batch: int = 4096) -> Iterator[tuple[np.ndarray, list[str], list[str]]]:
         """See Datastore.texts."""
@@ -328,3 +336,10 @@ class View:
             sources = self.sources(revs[rows], keep=False)
             cut = [(sources[r], a, b) for r, a, b in zip(revs[rows].tolist(), start[rows].tolist(), end[rows].tolist())]
             yield ids[rows], [s.title for s, _, _ in cut], [s.text[a:b] for s, a, b in cut]
+
+
+def _fixed(array: np.ndarray) -> np.ndarray:
+    """The same array, not to be written to."""
+    array = array.view()
+    array.flags.writeable = False
+    return array

@@ -1,8 +1,7 @@
 """Builds the sparse index of a store and kills itself at the STEP-th write: `python kill_child.py STORE STEP`."""
 
-import os
-import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -10,15 +9,10 @@ from ralm.index import grow, manifest, postings
 from ralm.index.sparse import BM25
 from ralm.what.datastore import Datastore
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import stepkill
 
-def watched(call, left=[int(sys.argv[2])]):  # noqa: B006 (one counter for all)
-    def inner(*args, **kwargs):
-        left[0] -= 1
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return call(*args, **kwargs)
-    return inner
-
+watched = stepkill.after(int(sys.argv[2]))
 
 if __name__ == "__main__":
     postings.FLUSH, grow.BATCH = 40, 4  # a segment after every few chunks

@@ -1,8 +1,7 @@
 """Builds the suffix index of a store and kills itself at the STEP-th write: `python suffix_child.py STORE TOKENIZER STEP`."""
 
-import os
-import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -12,15 +11,10 @@ from ralm.index.suffix import SuffixIndex
 from ralm.lm.gpt import BPE
 from ralm.what.datastore import Datastore
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import stepkill
 
-def watched(call, left=[int(sys.argv[3])]):  # noqa: B006 (one counter for all)
-    def inner(*args, **kwargs):
-        left[0] -= 1
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return call(*args, **kwargs)
-    return inner
-
+watched = stepkill.after(int(sys.argv[3]))
 
 if __name__ == "__main__":
     suffix_parts.TOKENS = 60  # tokens are committed after every few documents

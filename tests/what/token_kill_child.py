@@ -1,8 +1,7 @@
 """Makes the token store of a datastore and kills itself at the STEP-th write: `python token_kill_child.py STORE STEP`."""
 
-import os
-import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -12,15 +11,10 @@ from ralm.what import token_build
 from ralm.what.datastore import Datastore
 from ralm.what.token_store import TokenStore
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import stepkill
 
-def watched(call, left=[int(sys.argv[2])]):  # noqa: B006 (one counter for all)
-    def inner(*args, **kwargs):
-        left[0] -= 1
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return call(*args, **kwargs)
-    return inner
-
+watched = stepkill.after(int(sys.argv[2]))
 
 if __name__ == "__main__":
     token_build.SECONDS, token_build.CHUNK = 0.0, 64 * 256  # a part after every few documents
