@@ -85,7 +85,7 @@ def _own(system: RALM, text: str) -> list[str]:
     from ralm.eval.perplexity import own_documents
     from ralm.types import Document
 
-    return own_documents(system, [Document("", text)])[""]
+    return own_documents(system.store, [Document("", text)])[""]
 
 
 def as_json(system: RALM, made: Provenance) -> dict[str, Any]:

@@ -161,42 +161,39 @@ def _alphabet() -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class Text:
-    """A document in chunks of m tokens: their ids, and the bytes of each [C]."""
+class Leaks:
+    """Evaluation texts beside what is stored, chunk by chunk, the chunks of all texts one behind the other."""
 
-    id: str
-    chunks: list[list[int]]
-    bytes: list[int]
+    overlap: Overlap
+    bytes: np.ndarray  # int64 [C]
+
+    def curve(self, nats_C: Sequence[float]) -> list[dict[str, float]]:
+        """bpb(alpha) of what a system said of these chunks."""
+        return filtered(np.asarray(nats_C), self.bytes, self.overlap.ratio)
 
 
-def cut(tokenizer: Any, documents: Sequence[Document], m: int) -> list[Text]:
-    """Documents in chunks of at most m tokens, from their beginnings."""
-    out = []
+def leaks(neighbours: Any, tokenizer: Any, documents: Sequence[Document], own: Mapping[str, Sequence[str]],
+          where: str | None = None, k: int = NEAREST) -> Leaks:
+    """Compare the chunks of documents with the k nearest stored under `where`. A chunk itself is searched for, not the one before.
+
+    neighbours: a NeighbourStore; its m is that of the chunks, its tokenizer the one given. own: the documents of the datastore that
+    are an evaluated one (perplexity.own_documents), which do not count."""
+    m = neighbours.m
+    chunks: list[list[int]] = []
+    sizes: list[int] = []
+    groups: dict[tuple[str, ...], list[int]] = {}  # what is excluded: which chunks
     for d in documents:
         ids, size_T = token_bytes(tokenizer, d.text)
-        out.append(Text(d.id, [ids[i:i + m] for i in range(0, len(ids), m)], chunk_sums(size_T, m)))
-    return out
-
-
-def stored_overlap(neighbours: Any, texts: Sequence[Text], own: Mapping[str, Sequence[str]], where: str | None = None,
-                   k: int = NEAREST) -> Overlap:
-    """Overlap of texts with what is stored under `where`; `own`: documents of the datastore that are a text itself, by the text's
-    id. The chunk itself is what is searched for, not the one before it.
-
-    neighbours: a NeighbourStore (its m is that of the chunks). The chunks of all texts stand one behind the other."""
-    groups: dict[tuple[str, ...], list[int]] = {}
-    chunks = [chunk for text in texts for chunk in text.chunks]
-    begin = 0
-    for text in texts:
-        groups.setdefault(tuple(own.get(text.id, ())), []).extend(range(begin, begin + len(text.chunks)))
-        begin += len(text.chunks)
+        groups.setdefault(tuple(own.get(d.id, ())), []).extend(range(len(chunks), len(chunks) + -(-len(ids) // m)))
+        chunks += [ids[i:i + m] for i in range(0, len(ids), m)]
+        sizes += chunk_sums(size_T, m)
     run, common = np.zeros((2, len(chunks)), np.int64)
     with progress.task("compare with what is stored", len(chunks), "chunks") as advance:
         for exclude, at in groups.items():
             for part in (at[i:i + ASKED] for i in range(0, len(at), ASKED)):
                 asked = [chunks[c] for c in part]
                 hits = neighbours.search(asked, k, where=where, exclude=exclude)
-                found = overlap(asked, *neighbours.gather(hits.ids), neighbours.m)
+                found = overlap(asked, *neighbours.gather(hits.ids), m)
                 run[part], common[part] = found.run, found.common
                 advance(len(part))
-    return Overlap(run, common, np.array([len(c) for c in chunks], np.int64), neighbours.m)
+    return Leaks(Overlap(run, common, np.array([len(c) for c in chunks], np.int64), m), np.array(sizes, np.int64))

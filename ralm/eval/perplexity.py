@@ -17,12 +17,14 @@ from ralm import progress
 from ralm.errors import RalmError, UsageError
 from ralm.eval.files import Ledger
 from ralm.eval.interval import interval
+from ralm.eval.leakage import chunk_sums
 from ralm.eval.qa import describe
 from ralm.how.output import asking
 from ralm.types import Document
 
 if TYPE_CHECKING:
     from ralm.model import RALM
+    from ralm.what.datastore import Datastore
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,14 @@ def _exp(x: float) -> float:
 
 
 def evaluate_perplexity(ralm: RALM, texts: Iterable[Document | str | tuple[str, str]], window: int | None = None,
-                        stride: int | None = None, exclude_self: bool = True,
-                        ledger: str | Path | None = None) -> dict[str, Any]:
+                        stride: int | None = None, exclude_self: bool = True, ledger: str | Path | None = None,
+                        m: int | None = None, own: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]:
     """Score documents (or texts, or pairs of id and text) one by one.
 
     window, stride: see `RALM.score`. exclude_self: what is scored must not be retrieved: documents of the datastore with the same
-    id or the same text are excluded from every search of that document. ledger: JSON lines, one per document; a file begun
-    earlier is continued.
+    id or the same text are excluded from every search of that document (own: which these are, where `own_documents` told it
+    before). ledger: JSON lines, one per document; a file begun earlier is continued. m: rows hold the nats of every m tokens
+    too, `chunk_nats`.
 
     Returns {"ppl", "word_ppl", "bits_per_byte", "nats_per_token", "tokens", "words", "bytes", "documents", "intervals",
     "excluded_documents", "retrievals", "passages_read", "passages_cut", "tokens_searched", "rows", "convention",
@@ -80,12 +83,15 @@ def evaluate_perplexity(ralm: RALM, texts: Iterable[Document | str | tuple[str, 
     for an id given twice; the error of a document that cannot be scored names it."""
     began = time.perf_counter()
     documents = _documents(texts)
-    own = own_documents(ralm, documents) if exclude_self and ralm.store is not None and ralm.how.how != "none" else {}
+    if own is None or not exclude_self:
+        own = own_documents(ralm.store, documents) if exclude_self and ralm.store is not None and ralm.how.how != "none" else {}
     store = ralm.store
     searching = ralm.how.how != "none" and ralm.retriever is not None
     of = {"lm": describe(ralm.lm), "retriever": describe(ralm.retriever) if searching else None,
           "how": describe(ralm.how), "when": repr(ralm.when), "where": ralm.where, "window": window, "stride": stride,
           "exclude_self": exclude_self, "datastore": None if store is None else f"{store.id} version {store.version}"}
+    if m is not None:
+        of["chunk_nats"] = m
     convention: dict[str, Any] = {}
     if ralm.tokens is not None and asking(ralm.how, "tokens") is not None:
         made = ("fingerprint", "key", "window", "stride", "project", "dtype", "metric")
@@ -95,7 +101,7 @@ def evaluate_perplexity(ralm: RALM, texts: Iterable[Document | str | tuple[str, 
         for d in documents:
             digest = _digest(d.text)
             if (row := book.rows.get(d.id)) is None:
-                book.add(row := _row(ralm, d, digest, window, stride, own.get(d.id, ())))
+                book.add(row := _row(ralm, d, digest, window, stride, own.get(d.id, ()), m))
             elif row["sha256"] != digest:
                 raise UsageError(f"{ledger} holds another text under the id '{d.id}'; write to another file, or delete it")
             convention = row["convention"]
@@ -141,7 +147,7 @@ def _documents(texts: Iterable[Document | str | tuple[str, str]]) -> list[Docume
     return out
 
 
-def own_documents(ralm: RALM, documents: Sequence[Document]) -> dict[str, list[str]]:
+def own_documents(store: Datastore, documents: Sequence[Document]) -> dict[str, list[str]]:
     """Per document, the ids in the datastore that are itself: its own, and those of equal texts (surrounding space aside).
 
     One pass over the stored texts, since a copy may be there under any name."""
@@ -149,8 +155,8 @@ def own_documents(ralm: RALM, documents: Sequence[Document]) -> dict[str, list[s
     for d in documents:
         by_text.setdefault(_digest(d.text.strip()), []).append(d.id)
     own: dict[str, list[str]] = {d.id: [] for d in documents}
-    with progress.task("look for the scored texts in the datastore", total=len(ralm.store), unit="documents") as advance:
-        for stored in ralm.store.documents():
+    with progress.task("look for the scored texts in the datastore", total=len(store), unit="documents") as advance:
+        for stored in store.documents():
             same = by_text.get(_digest(stored.text.strip()), [])
             for name in same if stored.id in same or stored.id not in own else [*same, stored.id]:
                 own[name].append(stored.id)
@@ -162,7 +168,8 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _row(ralm: RALM, d: Document, digest: str, window: int | None, stride: int | None, exclude: Sequence[str]) -> dict[str, Any]:
+def _row(ralm: RALM, d: Document, digest: str, window: int | None, stride: int | None, exclude: Sequence[str],
+         m: int | None) -> dict[str, Any]:
     try:
         scored = ralm.score(d.text, window=window, stride=stride, exclude=exclude)
     except RalmError as e:
@@ -176,4 +183,5 @@ def _row(ralm: RALM, d: Document, digest: str, window: int | None, stride: int |
     return {"id": d.id, "sha256": digest, "nats": scored.nats, "tokens": len(scored.logp), "words": scored.words,
             "bytes": scored.bytes, "excluded": list(exclude),
             "retrievals": len(scored.evidence) + scored.convention.get("tokens_searched", 0),
-            "convention": convention, "seconds": scored.seconds} | {key: scored.convention.get(key, 0) for key in COUNTED}
+            "convention": convention, "seconds": scored.seconds} | {key: scored.convention.get(key, 0) for key in COUNTED} | (
+                {} if m is None else {"chunk_nats": chunk_sums(-scored.logp, m)})

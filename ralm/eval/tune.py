@@ -71,7 +71,7 @@ def searched(ralm: RALM, texts: Sequence[Document | str | tuple[str, str]], k: i
     from ralm.what.token_store import Neighbours
 
     documents = _documents(texts)
-    own = own_documents(ralm, documents) if exclude_self else {}
+    own = own_documents(ralm.store, documents) if exclude_self else {}
     given = {n: getattr(ralm.how, n) for n in ("temperature", "skip", "inner")}
     size = sum(len(d.text.encode("utf-8", "surrogatepass")) for d in documents)
     with progress.task("search", total=size, unit="B") as advance:

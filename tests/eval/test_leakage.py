@@ -106,28 +106,23 @@ def test_bytes_of_tokens_are_exact_in_byte_level_bpe(words):
             assert raw[:bounds[n - 1]] == said.encode()
 
 
+class Letters:
+    """A token is a character."""
+
+    def encode(self, text):
+        return [ord(c) for c in text]
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
 def test_bytes_of_tokens_add_up_where_pieces_spell_characters(lm):
     """A tokenizer that does not tell its pieces, and one whose pieces are no bytes: by characters."""
-    class Letters:
-        def encode(self, text):
-            return [ord(c) for c in text]
-
-        def decode(self, ids):
-            return "".join(map(chr, ids))
-
     ids, size = leakage.token_bytes(Letters(), "naïve 🙂")
     assert size.tolist() == [1, 1, 2, 1, 1, 1, 4]
     for text in ("", "plain words of a text", TEXT):
         ids, size = leakage.token_bytes(lm.tokenizer, text)
         assert len(ids) == len(size) and size.sum() == len(text.encode())
-
-
-def test_texts_are_cut_at_every_m_tokens(lm):
-    (text,) = leakage.cut(lm.tokenizer, [Document("a", "The lamp of the tower burns oil.")], 4)
-    assert [t for c in text.chunks for t in c] == lm.tokenizer.encode("The lamp of the tower burns oil.")
-    assert all(len(c) == 4 for c in text.chunks[:-1]) and 1 <= len(text.chunks[-1]) <= 4
-    assert len(text.bytes) == len(text.chunks) and sum(text.bytes) == 32
-    assert leakage.cut(lm.tokenizer, [Document("b", "")], 4)[0].chunks == []
 
 
 class Near:
@@ -154,10 +149,14 @@ class Near:
 
 
 def test_own_documents_are_no_neighbours(monkeypatch):
-    texts = [leakage.Text("x", [[1, 2, 3, 4], [9, 9]], [4, 2]), leakage.Text("y", [[5, 6, 7, 8]], [4])]
+    texts = [Document("x", "\1\2\3\4\t\t"), Document("y", "\5\6\7\x08")]
     near = Near()
-    found = leakage.stored_overlap(near, texts, {"x": ["b"]}, where="year > 1900")
-    assert found.run.tolist() == [4, 0, 4] and found.common.tolist() == [4, 0, 4]
+    found = leakage.leaks(near, Letters(), texts, {"x": ["b"]}, where="year > 1900")
+    assert found.overlap.run.tolist() == [4, 0, 4] and found.overlap.common.tolist() == [4, 0, 4]
+    assert found.overlap.tokens.tolist() == found.bytes.tolist() == [4, 2, 4]
     assert near.asked == [(2, "year > 1900", ("b",)), (1, "year > 1900", ())]
+    curve = found.curve(np.array([4.0, 4.0, 4.0]) * math.log(2))
+    assert curve[0]["bits_per_byte"] == pytest.approx(2) and curve[-1]["bits_per_byte"] == pytest.approx(1.2)
     monkeypatch.setattr(leakage, "ASKED", 1)
-    assert leakage.stored_overlap(Near(), texts, {}).run.tolist() == [4, 2, 4]
+    assert leakage.leaks(Near(), Letters(), texts, {}).overlap.run.tolist() == [4, 2, 4]
+    assert leakage.leaks(Near(), Letters(), [Document("z", "")], {}).overlap.run.tolist() == []
