@@ -44,13 +44,14 @@ COMMANDS = {  # where it is, what it takes, one line of help, its group
     "eval retrieval": ("evaluating:retrieval", "STORE --queries FILE --qrels FILE", "nDCG, recall and others.", MEASURE),
     "eval qa": ("evaluating:qa", "STORE --questions FILE | --predictions P --gold G", "Exact match and F1 of answers.", MEASURE),
     "tune knn": ("tuning:knn", "STORE FILE... --lm MODEL", "Choose k, lam and temperature of --how knn on held-out text.", MEASURE),
+    "train": ("training:train", "RECIPE.toml | --list", "Train a model by a recipe; a stopped run goes on.", MORE),
     "doctor": ("doctor:doctor", "[STORE]", "What this machine has; with STORE, verify it.", MORE),
     "demo": ("demo:demo", "", "Everything on real text, in minutes.", MORE),
 }
 
 
 FAMILIES = {"eval": "Measures of retrieval and of answers.", "tune": "Settings chosen on held-out text."}
-WRITERS = ("build", "add", "remove", "index", "tokens", "compact", "demo")  # commands that go on where they were stopped
+WRITERS = ("build", "add", "remove", "index", "tokens", "compact", "demo", "train")  # commands that go on where they were stopped
 
 
 def application(argv: Sequence[str]) -> App:
