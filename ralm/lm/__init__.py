@@ -1,9 +1,11 @@
 """WHO SPEAKS: language models by spec string. Nothing heavy is imported before a model is asked for.
 
-`bundled:base`, `bundled:reader`, `hf:NAME_OR_FOLDER,dtype=bf16,device=cuda`, `remote:URL#NAME,timeout=120`."""
+`bundled:base`, `bundled:reader`, `hf:NAME_OR_FOLDER,dtype=bf16,device=cuda`, `retro:FOLDER,device=cuda` (a RETRO that
+`ralm train` made), `remote:URL#NAME,timeout=120`."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ralm.errors import UsageError, unknown
@@ -17,7 +19,7 @@ BUNDLED = ("base", "reader")
 
 def load(spec: str) -> LanguageModel:
     """The model a spec names. Raises UsageError for unknown names and options, and what the model itself raises."""
-    return make("language model", spec, {"bundled": _bundled, "hf": _hf, "remote": _remote})
+    return make("language model", spec, {"bundled": _bundled, "hf": _hf, "retro": _retro, "remote": _remote})
 
 
 def _bundled(name: str = "") -> Any:
@@ -40,6 +42,14 @@ def _hf(name: str = "", dtype: str = "fp32", device: str = "cpu", revision: str 
 
     return HF(str(name), dtype=dtype, device=str(device), revision=None if revision is None else str(revision),
               window=window, bos=bos)
+
+
+def _retro(folder: str = "", device: str = "cpu") -> Any:
+    if folder == "":
+        raise UsageError("'retro' names no model; write retro:FOLDER")
+    from ralm.lm.retro_files import load as load_retro
+
+    return load_retro(Path(str(folder)), device=str(device))
 
 
 def _remote(address: str = "", timeout: float = 60.0) -> Any:
