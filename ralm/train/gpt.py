@@ -28,8 +28,8 @@ from ralm.lm.gpt import BPE, GPT, Decoder, GPTConfig, save
 from ralm.train.gpt_card import card, machine
 from ralm.train.gpt_data import Rows, Stream, documents, spaced
 from ralm.train.gpt_eval import bits_per_byte
+from ralm.train.kernels import causal_attention, head_loss
 from ralm.train.muon import Muon
-from ralm.train.objectives import causal_attention, head_loss
 from ralm.train.tokenizer import train_bpe
 
 

@@ -17,8 +17,8 @@ from ralm.model import RALM  # noqa: E402
 from ralm.train import gpt, gpt_card, gpt_eval  # noqa: E402
 from ralm.train.gpt import Run, rate  # noqa: E402
 from ralm.train.gpt_data import Rows, Stream, documents, spaced  # noqa: E402
+from ralm.train.kernels import causal_attention, head_loss  # noqa: E402
 from ralm.train.muon import Muon, orthogonal  # noqa: E402
-from ralm.train.objectives import causal_attention, head_loss  # noqa: E402
 from ralm.train.tokenizer import train_bpe  # noqa: E402
 
 TEXT = "The lighthouse stood on a narrow point of rock at the mouth of the river, and its keeper wrote down the weather.\n"
