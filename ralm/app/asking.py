@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from ralm import progress
+from ralm.app import options
 from ralm.app.options import LM, AskHow, At, Finder, HowArg, StoreArg, TokensArg, WhenArg, Where, Words, positive, said, writable
+from ralm.app.parts import Parts, fitted, opened
 from ralm.app.terminal import Output, bold, count, dim, duration, number, wrapped
-from ralm.errors import StoreError, UsageError
+from ralm.errors import UsageError
 
 if TYPE_CHECKING:
     from ralm.model import RALM
-    from ralm.types import Citation, Fusion, Retriever
+    from ralm.types import Citation
     from ralm.what.datastore import Datastore
 
 READER_PASSAGES, LM_PASSAGES = 10, 3
@@ -145,7 +147,8 @@ def answer_lines(data: dict[str, Any]) -> Iterator[str]:
 
 
 def generate(store: StoreArg, /, *prompt: Words, lm: LM = "bundled:base", how: HowArg = "prepend", when: WhenArg = "once",
-             retriever: Finder = "auto", tokens: TokensArg = "default", where: Where = None, at: At = None,
+             retriever: Finder = "auto", tokens: TokensArg = "default", database: options.DatabaseArg = "default",
+             where: Where = None, at: At = None,
              max_tokens: Annotated[int, Parameter(help="Most tokens to draw.")] = 64,
              temperature: Annotated[float, Parameter(help="0 is greedy; 1 draws from the distribution as it is.")] = 0.0,
              top_k: Annotated[int | None, Parameter(help="Draw among the k most probable tokens.")] = None,
@@ -161,16 +164,18 @@ def generate(store: StoreArg, /, *prompt: Words, lm: LM = "bundled:base", how: H
 
     JSON, one object at the end: text, tokens, reason (eos, length, stop), logp (sum of ln p), evidence [{at, query, passages}],
     citations [{number, document, start, end, quote, score, title, source, chunk}], seconds; prompt, lm, how, when, retriever,
-    token_store, version."""
+    token_store, neighbours, version."""
     text = said("prompt", " ".join(prompt))
     positive("--max-tokens", max_tokens)
     guesses = _guesses(speculate)
-    system, kb = speaking(store, at, lm, how, when, retriever, where, window, tokens)
+    parts = Parts(store, at, retriever, tokens, database)
+    system, kb = parts.system(lm, how, when, where, window), parts.kb
     events = system.stream(text, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
                            stop=tuple(stop or ()), window=window, stride=stride, speculate=guesses)
     data = {"prompt": text} | _drain(events, echo=not out.json)
     data |= {"lm": lm, "how": how, "when": when, "retriever": repr(system.retriever) if system.retriever else None,
-             "token_store": system.tokens.name if system.tokens else None, "version": kb.version}
+             "token_store": system.tokens.name if system.tokens else None,
+             "neighbours": repr(system.neighbours) if system.neighbours else None, "version": kb.version}
     if out.json:
         out.show(data, lambda: ())
         return
@@ -207,7 +212,7 @@ def _sources(data: dict[str, Any]) -> None:
     rate = data["tokens"] / data["seconds"] if data["seconds"] else 0.0
     progress.note(f"{count(data['tokens'], 'token')} in {duration(data['seconds'])} ({rate:.1f} a second), "
                   f"{count(len(data['evidence']), 'retrieval')}; {data['how']}, {data['when']}, "
-                  f"{data['retriever'] or 'no retriever'}")
+                  f"{data['retriever'] or data['neighbours'] or 'no retriever'}")
     seen = {}
     for passage in (p for e in data["evidence"] for p in e["passages"]):
         seen.setdefault(passage["chunk"], passage)
@@ -220,87 +225,6 @@ def _sources(data: dict[str, Any]) -> None:
 # ---- shared ---------------------------------------------------------------------------------------------------------
 
 
-def opened(store: Path, at: int | None, retriever: str) -> tuple[Datastore, Retriever]:
-    """The datastore at a version and a retriever over it, its index built or caught up where rows are missing."""
-    from ralm.index import retriever as find
-    from ralm.what.datastore import Datastore
-
-    kb = Datastore.open(store, version=at)
-    return kb, find(retriever, kb)
-
-
-def speaking(store: Path, at: int | None, lm: str, how: str, when: str, retriever: str, where: str | None,
-             window: int | None = None, tokens: str = "default") -> tuple[RALM, Datastore]:
-    """A RALM by spec strings over a datastore, and the datastore; without a retriever where `how` reads no passages, with the token
-    store `tokens` where it asks for neighbours. Wrong specs, and a token store that is not there, are told before the model is
-    loaded. Where `how` does not say how many tokens evidence takes, it leaves half of `window` to the text."""
-    from ralm.how import fusion
-    from ralm.how.output import asking, innermost
-    from ralm.lm import load
-    from ralm.model import RALM
-    from ralm.what.datastore import Datastore
-    from ralm.when import schedule
-
-    way, times = fusion(how), schedule(when)
-    if asking(way, "tokens") is not None:
-        _check_tokens(store, tokens, lm)
-    if innermost(way).how == "none":
-        kb, finder = Datastore.open(store, version=at), None
-    else:
-        kb, finder = opened(store, at, retriever)
-    model = load(lm)
-    system = RALM(model, finder, how=way, when=times, where=where, **_beside(kb, model, way, tokens))
-    system.how = _fitted(system, how, window)
-    return system, kb
-
-
-def _beside(kb: Datastore, model: Any, way: Fusion, tokens: str) -> dict[str, Any]:
-    """What fusions at the output ask: a token store, an index of suffixes (which is made where it is not there)."""
-    from ralm.how.output import asking
-
-    out: dict[str, Any] = {}
-    if asking(way, "tokens") is not None:
-        from ralm.what.token_store import TokenStore
-
-        out["tokens"] = TokenStore(kb, model, tokens)
-    if asking(way, "suffix") is not None:
-        from ralm.index.suffix import SuffixIndex
-
-        out["suffix"] = SuffixIndex(kb, model.tokenizer, model.name)
-    return out
-
-
-def _check_tokens(store: Path, name: str, lm: str) -> None:
-    """Raise StoreError, with the command that makes it, where a datastore has no such token store."""
-    from ralm.index import manifest
-    from ralm.what.datastore import Datastore
-    from ralm.what.token_build import folder_of
-
-    folder = folder_of(Datastore.open(store), name)
-    if manifest.load(folder) is None:
-        there = sorted(p.parent.name for p in Path(store).glob("tokens/*/manifest.json"))
-        others = f" (there is {', '.join(there)}: --tokens {there[0]})" if there else ""
-        raise StoreError(f"{store} has no token store '{name}'{others}; make it: {manifest.tokens_command(folder, lm)}")
-
-
-def _fitted(system: RALM, spec: str, window: int | None = None) -> Fusion:
-    """The system's fusion with at most half of the window for evidence, where the spec leaves that open."""
-    return _roomy(system.how, spec.partition("+")[0], [w for w in (window, getattr(system.lm, "window", None)) if w])
-
-
-def _roomy(way: Fusion, spec: str, sizes: list[int]) -> Fusion:
-    """`way`, or what it is built on, with room for the text; `spec` is that of the innermost one."""
-    from dataclasses import replace
-
-    from ralm.registry import parse
-
-    if getattr(way, "inner", None) is not None:
-        return replace(way, inner=_roomy(way.inner, spec, sizes))
-    if way.how != "input" or "tokens" in parse(spec).options or not sizes or way.tokens <= min(sizes) // 2:
-        return way
-    return replace(way, tokens=max(min(sizes) // 2, way.k, 1))
-
-
 def answering(store: Path, at: int | None, lm: str, how: str | None, when: str, retriever: str, where: str | None,
               k: int | None) -> tuple[RALM, int | None]:
     """A RALM that answers questions, and how many passages it is to read (None: as its `how` says)."""
@@ -310,9 +234,10 @@ def answering(store: Path, at: int | None, lm: str, how: str | None, when: str, 
     from ralm.when import schedule
 
     way, times = fusion(how or "prepend"), schedule(when)
-    if way.how == "output":
-        raise UsageError(f"questions are answered from passages, --how {how} mixes at the output; use prepend or ensemble, or ralm "
-                         f"generate --how {how}")
+    if way.how in ("output", "intermediate"):
+        does = "mixes at the output" if way.how == "output" else "reads neighbours of its text"
+        raise UsageError(f"questions are answered from passages, --how {how} {does}; use prepend or ensemble, or ralm generate "
+                         f"--how {how}")
     _, finder = opened(store, at, retriever)
     model = load(lm)
     if "spans" in model.gives:
@@ -322,7 +247,7 @@ def answering(store: Path, at: int | None, lm: str, how: str | None, when: str, 
     if k is None and how is None:
         k = LM_PASSAGES
     system = RALM(model, finder, how=way, when=times, where=where)
-    system.how = _fitted(system, how or "prepend")
+    system.how = fitted(system, how or "prepend")
     return system, k
 
 

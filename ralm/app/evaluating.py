@@ -29,7 +29,7 @@ def retrieval(store: StoreArg, /, *, retriever: Finder = "auto",
 
     JSON: measures {name: value, 0 to 1}, intervals {name: [low, high]} (95 %, bootstrap over queries), queries, convention,
     run, version, seconds."""
-    from ralm.app.asking import opened
+    from ralm.app.parts import opened
     from ralm.eval import retrieval as evaluation
     from ralm.eval import trec
 

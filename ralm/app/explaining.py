@@ -12,8 +12,10 @@ import numpy as np
 from cyclopts import Parameter
 
 from ralm import progress
-from ralm.app.asking import cited, speaking
+from ralm.app import options
+from ralm.app.asking import cited
 from ralm.app.options import LM, At, Finder, HowArg, StoreArg, TokensArg, WhenArg, Where, Words, positive, said, writable
+from ralm.app.parts import Parts
 from ralm.app.terminal import Output, bold, columns, count, dim, number, table, wrapped
 from ralm.errors import UsageError
 
@@ -26,7 +28,8 @@ SHOWN = 12  # tokens and documents that are listed where text is printed
 
 def explain(store: StoreArg, /, *text: Words, lm: LM = "bundled:base", how: HowArg = "knn", when: WhenArg = "once",
             file: Annotated[Path | None, Parameter(help="Read the text from here; without it and TEXT, from stdin.")] = None,
-            tokens: TokensArg = "default", retriever: Finder = "auto", where: Where = None, at: At = None,
+            tokens: TokensArg = "default", database: options.DatabaseArg = "default", retriever: Finder = "auto",
+            where: Where = None, at: At = None,
             exclude_self: Annotated[bool, Parameter(show_default=False, help="Leave out documents that are this text.")] = False,
             exclude: Annotated[list[str] | None, Parameter(help="Id of a document to leave out; several are allowed.")] = None,
             window: Annotated[int | None, Parameter(help="Most tokens the model sees at once.")] = None,
@@ -49,7 +52,7 @@ def explain(store: StoreArg, /, *text: Words, lm: LM = "bundled:base", how: HowA
     positive("--stride", stride)
     writable("--html", html)
     given = _text(text, file)
-    system, _ = speaking(store, at, lm, how, when, retriever, where, window, tokens)
+    system = Parts(store, at, retriever, tokens, database).system(lm, how, when, where, window)
     left_out = [*(exclude or ()), *(_own(system, given) if exclude_self else ())]
     made = system.explain(given, window=window, stride=stride, exclude=left_out, neighbours=neighbours)
     data = as_json(system, made)

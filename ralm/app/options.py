@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -30,8 +31,11 @@ Finder = Annotated[str, Parameter(name="--retriever", help="tfidf, bm25, dense o
                                                            "auto: the best that is built.")]
 HowArg = Annotated[str, Parameter(help="How what is retrieved enters the model: none, prepend:k=2, ensemble:k=4,weights=posterior "
                                  "(passages take 256 tokens of the window, half of it where it is smaller; tokens=N sets that); "
-                                 "knn:k=1024,lam=0.25,temperature=10 (needs ralm tokens), prepend:k=1+knn:lam=0.2.")]
+                                 "knn:k=1024,lam=0.25,temperature=10 (needs ralm tokens); retro:k=2 (needs ralm neighbours and a "
+                                 "RETRO as --lm); prepend:k=1+knn:lam=0.2, retro+knn.")]
 TokensArg = Annotated[str, Parameter(name="--tokens", help="With --how knn: the token store, by the name ralm tokens gave it.")]
+DatabaseArg = Annotated[str, Parameter(name="--database", help="With --how retro: the neighbour database, by the name ralm "
+                                                               "neighbours gave it; --retriever says what searches it.")]
 AskHow = Annotated[str | None, Parameter(name="--how", help="How a language model is given the passages: prepend, "
                                                             "ensemble:weights=posterior. A reader needs none.")]
 WhenArg = Annotated[str, Parameter(help="When to retrieve: once, every:4, adaptive:theta=0.4.")]
@@ -56,6 +60,27 @@ def said(what: str, text: str) -> str:
     if not text.strip():
         raise UsageError(f"the {what} is empty; say what to look for")
     return text
+
+
+def systems(given: list[str], lm: str) -> dict[str, tuple[str, str]]:
+    """{name: (how, model)} out of `--compare none,prepend:k=1,tokens=200,knn@hf:NAME`: a comma begins a new system unless an option
+    (key=value, or a number) of the last one follows. Raises UsageError for an empty name or one that comes twice."""
+    names: list[str] = []
+    for text in given:
+        for n, part in enumerate(text.split(",")):
+            part = part.strip()
+            if not part:
+                raise UsageError(f"'{text}' names an empty system; write names separated by commas, like none,prepend:k=1")
+            if n and re.match(r"[a-z_]+=|[^a-z]", part):
+                names[-1] += "," + part
+            else:
+                names.append(part)
+    if twice := [n for n in names if names.count(n) > 1]:
+        raise UsageError(f"'{twice[0]}' is compared with itself; name every system once")
+    split = {name: name.partition("@") for name in names}
+    if bare := [name for name, (how, mark, model) in split.items() if not how or (mark and not model)]:
+        raise UsageError(f"'{bare[0]}' lacks a name beside @; write HOW@MODEL, like none@bundled:base")
+    return {name: (how, model or lm) for name, (how, _, model) in split.items()}
 
 
 def specs(given: list[str] | None, default: str = "") -> list[str]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from ralm.app import options
-from ralm.app.asking import speaking
 from ralm.app.options import LM, At, Files, StoreArg, Strict, TokensArg, Where, positive, skip
+from ralm.app.parts import Parts
 from ralm.app.terminal import Output, bold, count, duration, number, table
 from ralm.errors import UsageError
 
@@ -21,6 +21,7 @@ SHOWN = 10  # settings listed
 
 
 def knn(store: StoreArg, /, *files: Files, lm: LM = "bundled:base", tokens: TokensArg = "default",
+        database: options.DatabaseArg = "default",
         how: Annotated[str, Parameter(help="What is tuned: knn, or what stands below it too, like prepend:k=1+knn. Its k, lam and "
                                            "temperature are replaced.")] = "knn",
         when: options.WhenArg = "once",
@@ -52,7 +53,8 @@ def knn(store: StoreArg, /, *files: Files, lm: LM = "bundled:base", tokens: Toke
     positive("--stride", stride)
     skipped: list[Any] = []
     texts = list(options.documents("tune knn", files, strict, skipped))
-    system, kb = speaking(store, at, lm, how, when, retriever, where, window, tokens)
+    parts = Parts(store, at, retriever, tokens, database)
+    system, kb = parts.system(lm, how, when, where, window), parts.kb
     found = tune_knn(system, texts, **tried, window=window, stride=stride)
     below = how.rpartition("+")[0] + "+" if "+" in how else ""
     data = found | {"spec": below + found["spec"], "lm": lm, "version": kb.version, "skipped": [skip(s) for s in skipped]}
