@@ -2,7 +2,7 @@
 
     python -m ralm.eval.experiment recipes/knnlm_docs.toml [--data ../shared/data] [--work FOLDER] [--plot FILE] [--json]
 
-[store] and [held] name texts: "docs" (Python's documentation and docstrings, on every machine), or a file below --data. Every
+[store] and [held] name texts: "docs" (Python's documentation and docstrings, on every machine), or files below --data. Every
 `every`th document of the source is held out where both come from one. A run with `share` reads that part of the datastore: the
 documents carry a number from 0 to 99, and the share is a filter on it. Expected figures are in nats per token of the held-out text;
 a run that misses its own by more than `tolerance` makes the command fail."""
@@ -15,6 +15,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -26,12 +27,11 @@ from ralm.types import Document
 
 
 def texts(source: dict[str, Any], data: Path) -> Iterator[Document]:
-    """The documents a recipe names, at most `documents` of them, each cut at `characters`."""
-    name, most, longest = source["source"], source.get("documents"), source.get("characters")
-    for n, d in enumerate(_documents(name, source, data)):
-        if most is not None and n >= most:
-            return
-        yield replace(d, text=d.text[:longest], metadata={})
+    """The documents a recipe names, at most `documents` of each source, each cut at `characters`."""
+    names, most, longest = source["source"], source.get("documents"), source.get("characters")
+    for name in [names] if isinstance(names, str) else names:
+        for d in islice(_documents(name, source, data), most):
+            yield replace(d, text=d.text[:longest], metadata={})
 
 
 def _documents(name: str, source: dict[str, Any], data: Path) -> Iterator[Document]:

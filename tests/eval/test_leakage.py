@@ -125,38 +125,27 @@ def test_bytes_of_tokens_add_up_where_pieces_spell_characters(lm):
         assert len(ids) == len(size) and size.sum() == len(text.encode())
 
 
-class Near:
-    """The contract of a neighbour database on three stored chunks: everything is found, but what is excluded."""
+def test_own_documents_are_no_neighbours(lm, tmp_path, monkeypatch):
+    """A text that is stored is copied whole, unless it is excluded or filtered away."""
+    from ralm.what.datastore import Datastore
+    from ralm.what.neighbours import NeighbourStore
 
-    m = 4
-    stored = np.array([[1, 2, 3, 4, 5, 6, 7, 8], [9, 9, 9, 9, -1, -1, -1, -1], [5, 5, 5, 6, -1, -1, -1, -1]])
-    names = ("a", "b", "c")
-
-    def __init__(self):
-        self.asked = []
-
-    def search(self, chunks, k, where=None, exclude=()):
-        from ralm.types import Hits
-
-        self.asked.append((len(chunks), where, tuple(exclude)))
-        ids = [i for i, name in enumerate(self.names) if name not in exclude][:k]
-        row = np.array(ids + [-1] * (k - len(ids)), np.int64)
-        return Hits(np.tile(row, (len(chunks), 1)), np.zeros((len(chunks), k), np.float32))
-
-    def gather(self, ids):
-        tokens = np.where(ids[..., None] >= 0, self.stored[ids], 0)
-        return tokens, (ids[..., None] >= 0) & (tokens >= 0)
-
-
-def test_own_documents_are_no_neighbours(monkeypatch):
-    texts = [Document("x", "\1\2\3\4\t\t"), Document("y", "\5\6\7\x08")]
-    near = Near()
-    found = leakage.leaks(near, Letters(), texts, {"x": ["b"]}, where="year > 1900")
-    assert found.overlap.run.tolist() == [4, 0, 4] and found.overlap.common.tolist() == [4, 0, 4]
-    assert found.overlap.tokens.tolist() == found.bytes.tolist() == [4, 2, 4]
-    assert near.asked == [(2, "year > 1900", ("b",)), (1, "year > 1900", ())]
-    curve = found.curve(np.array([4.0, 4.0, 4.0]) * math.log(2))
-    assert curve[0]["bits_per_byte"] == pytest.approx(2) and curve[-1]["bits_per_byte"] == pytest.approx(1.2)
+    lamp, snow = "The lamp of the tower burns oil at night.", "Snow lies on the mountain in winter and melts in spring."
+    kb = Datastore.build(tmp_path / "kb", [Document("a", lamp, metadata={"n": 1}), Document("b", snow, metadata={"n": 2})])
+    near = NeighbourStore.build(kb, lm, m=4)
+    texts = [Document("x", lamp), Document("y", snow), Document("z", "")]
+    whole = leakage.leaks(near, lm.tokenizer, texts, {})
+    ids = [lm.tokenizer.encode(t) for t in (lamp, snow)]
+    own = [min(4, len(i) - n) for i in ids for n in range(0, len(i), 4)]
+    first = -(-len(ids[0]) // 4)
+    assert whole.overlap.tokens.tolist() == own == whole.overlap.run.tolist() == whole.overlap.common.tolist()
+    assert whole.bytes.sum() == len(lamp) + len(snow)
+    apart = leakage.leaks(near, lm.tokenizer, texts, {"x": ["a"]})
+    assert apart.overlap.run[:first].max() < 4 and apart.overlap.run[first:].tolist() == own[first:]
+    assert leakage.leaks(near, lm.tokenizer, texts, {}, where="n = 2").overlap.run.tolist() == apart.overlap.run.tolist()
+    nats = np.full(len(own), math.log(2))
+    assert apart.curve(nats)[-1]["bits_per_byte"] == pytest.approx(len(own) / apart.bytes.sum())
+    assert apart.curve(nats)[-2]["chunks"] == sum(r < 4 for r in apart.overlap.run)
     monkeypatch.setattr(leakage, "ASKED", 1)
-    assert leakage.leaks(Near(), Letters(), texts, {}).overlap.run.tolist() == [4, 2, 4]
-    assert leakage.leaks(Near(), Letters(), [Document("z", "")], {}).overlap.run.tolist() == []
+    assert leakage.leaks(near, lm.tokenizer, texts, {"x": ["a"]}).overlap.run.tolist() == apart.overlap.run.tolist()
+    assert leakage.leaks(near, lm.tokenizer, texts[2:], {}).overlap.statistics()["chunks"] == 0

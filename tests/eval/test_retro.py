@@ -1,0 +1,92 @@
+"""Recipes of RETRO: a share of the database by a filter, nothing at all is RETRO[OFF], overlap and leakage beside every run."""
+
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from ralm.eval import retro  # noqa: E402
+from ralm.eval.experiment import documents, good, texts  # noqa: E402
+from ralm.eval.perplexity import evaluate_perplexity  # noqa: E402
+from ralm.model import RALM  # noqa: E402
+
+RUNS = [{"how": "none", "lm": "bundled:base"}, {"how": "none"}, {"how": "retro:k=2", "share": 0.0}, {"how": "retro:k=2"},
+        {"how": "retro:k=2", "share": 0.5}, {"how": "retro:k=2", "retriever": "dense:static"}]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Towers that differ in a number, a quarter of them held out; one of these is also stored, under another name."""
+    root = tmp_path_factory.mktemp("data")
+    say = "The lamp of tower number {} burns twelve litres of oil every night, and {} keepers watch it until the morning comes."
+    rows = [{"id": f"t{i}", "text": say.format(i, i * 7)} for i in range(12)]
+    rows += [{"id": "other", "text": "Nothing is said here."}, {"id": "copy", "text": rows[4]["text"]}]
+    (root / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (root / "more.jsonl").write_text(json.dumps({"id": "m0", "text": "Snow lies on the mountain in winter."}))
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A RETRO around the bundled decoder, untrained but with its gates open."""
+    from ralm.lm import load
+    from ralm.lm.retro import Retro, RetroConfig
+    from ralm.lm.retro_files import Base, save
+
+    torch.manual_seed(0)
+    lm = Retro(load("bundled:base"), RetroConfig(m=8, width=16, depth=1, heads=2, mlp=16, cross_heads=2, cross_size=8))
+    with torch.no_grad():
+        for name, p in lm.adapter.named_parameters():
+            if "gate" in name:
+                p.fill_(0.5)
+    folder = tmp_path_factory.mktemp("lm") / "retro"
+    save(lm, folder, Base.of(lm, "bundled:base"))
+    return f"retro:{folder}"
+
+
+@pytest.fixture(scope="module")
+def recipe(model):
+    return {"name": "small", "title": "small", "lm": model, "store": {"source": "texts.jsonl"}, "held": {"every": 4}, "run": RUNS}
+
+
+def test_shares_and_retrievers_are_told_apart_and_nothing_is_off(data, recipe, tmp_path):
+    rows = retro.run(recipe, data, tmp_path)
+    base, off, nothing, on, half, dense = rows
+    assert off["nats_per_token"] == base["nats_per_token"] == pytest.approx(nothing["nats_per_token"], abs=1e-6)
+    assert len({r["nats_per_token"] for r in (off, on, half, dense)}) == 4
+    assert (on["share"], half["where"], nothing["where"]) == (1, "part < 50", "part < 0")
+    assert [r["retriever"] for r in rows] == [None, None, "bm25", "bm25", "bm25", "dense:static"]
+    for r in rows:
+        assert r["saved"] == pytest.approx(base["bits_per_byte"] - r["bits_per_byte"], abs=1e-9)
+        assert r["curve"][-1]["bits_per_byte"] == pytest.approx(r["bits_per_byte"])
+        assert r["curve"][-1]["first"] == pytest.approx(base["bits_per_byte"])
+    assert nothing["overlap"]["mean_run"] == 0 < half["overlap"]["mean_run"] <= on["overlap"]["mean_run"] < 1
+    told = "\n".join(retro.lines(recipe, rows))
+    assert told.count("share ") == 4 and "dense:static" in told and "every night" not in told
+
+
+def test_what_is_held_out_does_not_find_its_copy(data, recipe, tmp_path):
+    bench = retro.Bench(recipe, *documents(recipe, data), tmp_path)
+    assert bench.own["t4"] == ["copy"]
+    on = bench.run({"how": "retro:k=2"})
+    assert next(r for r in on["rows"] if r["id"] == "t4")["excluded"] == ["copy"]
+    neighbours = bench.neighbours(recipe["lm"], "bm25")
+    run, leaky = bench.leaks(None).overlap.run, retro.leaks(neighbours, neighbours.lm.tokenizer, bench.held, {}).overlap.run
+    assert run.sum() < leaky.sum() and (run <= leaky).all()
+    system = RALM(bench.model(recipe["lm"]), how="retro:k=2", neighbours=neighbours)
+    leaked = evaluate_perplexity(system, bench.held, exclude_self=False)
+    assert [r["nats"] for r in leaked["rows"]] != [r["nats"] for r in on["rows"]]
+
+
+def test_expectations_can_be_missed(data, recipe, tmp_path):
+    runs = [{"how": "none", "nats": 0.0}, {"how": "none", "nats": 0.0, "tolerance": 100.0}]
+    rows = retro.run(recipe | {"run": runs}, data, tmp_path)
+    assert [good(r) for r in rows] == [False, True]
+    told = "\n".join(retro.lines(recipe, rows))
+    assert "expected 0.0000: +" in told and "as expected" in told
+
+
+def test_several_sources_are_read_one_after_the_other(data):
+    found = list(texts({"source": ["texts.jsonl", "more.jsonl"], "documents": 2}, data))
+    assert [d.id for d in found] == ["t0", "t1", "m0"]
