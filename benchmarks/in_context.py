@@ -25,7 +25,8 @@ from ralm.how import rows
 from ralm.index import retriever
 from ralm.lm import load
 from ralm.lm.hf import HF
-from ralm.model import RALM, _Run
+from ralm.model import RALM
+from ralm.run import Run
 from ralm.types import Hits
 from ralm.what.datastore import Datastore
 
@@ -58,7 +59,7 @@ class Changing:
 
 def draw(ralm: RALM, ids: list[int], count: int):
     """Greedy continuation of ids by `count` tokens through the engine's step: (tokens, their ln p, number of retrievals)."""
-    run = _Run(ralm, list(ids), len(ids), None, None, ())
+    run = Run(ralm, list(ids), len(ids), None, None, ())
     logp = []
     with torch.inference_mode():
         for _ in range(count):

@@ -11,28 +11,36 @@ from typing import Any
 
 import numpy as np
 
-from ralm.how.rows import PrefixCache
+from ralm.how.rows import Beside, PrefixCache
 
 
 class Wanted(Exception):
-    """A step lacks an answer. kind: "passages", "rows" of tokens through the model, or "tokens" near states."""
+    """A step lacks an answer. kind: "passages", "neighbours" of chunks, "rows" of tokens through the model, or "tokens" near
+    states."""
 
     def __init__(self, kind: str, name: tuple, request: tuple):
         super().__init__(kind)
         self.kind, self.name, self.request = kind, name, request
+
+    @property
+    def group(self) -> Any:
+        """What questions of this kind must share to be asked together: the key of rows, and whether they are read beside something;
+        the k of searches."""
+        return (self.request[2], self.request[3] is None) if self.kind == "rows" else self.request[-1]
 
 
 class Desk:
     """Between a run and what it asks. told: the answers of the step at hand, by what was asked; anything else is got from
     `sources` (by kind), or is `Wanted`.
 
-    A step asks for rows (rows, starts, key), tokens (q_ND, k) and passages (queries, k); equal questions have equal answers."""
+    A step asks for rows (rows, starts, key, beside), tokens (q_ND, k), passages and neighbours (queries, k); equal questions have
+    equal answers."""
 
     def __init__(self, run: Any, cache: PrefixCache):
         self.run, self.cache = run, cache
         self.told: dict[tuple, Any] = {}
         self.sources: dict[str, Callable] = {}
-        run.lm, run.find, run.ask = _Asking(self), self._find, self._ask
+        run.lm, run.find, run.ask, run.look = _Asking(self), self._find, self._ask, self._look
 
     def step(self, told: dict[tuple, Any], sources: dict[str, Callable]) -> Any:
         """ln p(. | x_<t, D) [V] of the run's next token. Where an answer is missing the run is left as it was."""
@@ -52,8 +60,12 @@ class Desk:
     def _ask(self, queries: Sequence[str], k: int) -> Any:
         return self._answer("passages", (k, tuple(queries)), (queries, k))
 
-    def rows(self, rows: Sequence[Sequence[int]], starts: Sequence[int], key: str | None) -> Any:
-        return self._answer("rows", (key, tuple(starts), tuple(map(tuple, rows))), (rows, starts, key))
+    def _look(self, queries: Sequence[str], k: int) -> Any:
+        return self._answer("neighbours", (k, tuple(queries)), (queries, k))
+
+    def rows(self, rows: Sequence[Sequence[int]], starts: Sequence[int], key: str | None, beside: Beside | None) -> Any:
+        read = None if beside is None else beside.rows
+        return self._answer("rows", (key, tuple(starts), tuple(map(tuple, rows)), read), (rows, starts, key, beside))
 
     def _answer(self, kind: str, asked: tuple, request: tuple) -> Any:
         name = (kind, *asked)
@@ -71,11 +83,11 @@ class _Asking(PrefixCache):
         self.__dict__.update(desk.cache.__dict__)
         self.desk = desk
 
-    def state_rows(self, rows, starts, key):
-        return self.desk.rows(rows, starts, key)
+    def state_rows(self, rows, starts, key, beside=None):
+        return self.desk.rows(rows, starts, key, beside)
 
 
 def open_desk(run: Any, cache: PrefixCache) -> tuple[Desk, dict[str, Callable]]:
     """A desk for a run, and the sources that answer with the truth: the model, the run's own searches."""
-    truth = {"rows": cache.state_rows, "tokens": run.find, "passages": run.ask}
+    truth = {"rows": cache.state_rows, "tokens": run.find, "passages": run.ask, "neighbours": run.look}
     return Desk(run, cache), truth

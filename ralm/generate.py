@@ -138,7 +138,7 @@ class Telling:
 def retrieved(ralm: RALM, e: Evidence) -> Retrieved:
     from ralm.how.cite import passages
 
-    return Retrieved(e.at, e.query, passages(ralm.store, e.ids, e.scores), e.seconds)
+    return Retrieved(e.at, e.query, passages(ralm.source(e), e.ids, e.scores), e.seconds, e.kind)
 
 
 # ---- several texts at once --------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ class Lockstep:
     All runs search with the same filter and exclusions. Rows that do not go on from what is remembered (a window that moved on,
     other evidence) are read again together with the others: one forward a step, always."""
 
-    ORDER = ("passages", "rows", "tokens")  # what is asked first is answered first, so that the others can catch up
+    ORDER = ("passages", "neighbours", "rows", "tokens")  # what is asked first is answered first, so that the others can catch up
 
     def __init__(self, ralm: RALM):
         from ralm.how.rows import PrefixCache
@@ -191,7 +191,7 @@ class Lockstep:
             return []
         parts: dict[Any, list[int]] = {}
         for i, w in enumerate(wanted):
-            parts.setdefault(w.request[-1], []).append(i)  # the key of rows, the k of searches
+            parts.setdefault(w.group, []).append(i)
         out: list[Any] = [None] * len(wanted)
         for index in parts.values():
             for i, answer in zip(index, answered(self.truth, [wanted[i] for i in index])):
@@ -200,12 +200,15 @@ class Lockstep:
 
 
 def answered(truth: dict[str, Callable], wanted: Sequence[Wanted]) -> list[Any]:
-    """Answers to questions of one kind with one key or k, by one call."""
+    """Answers to questions of one kind that can be asked together (`Wanted.group`), by one call."""
+    from ralm.how.rows import Beside
+
     kind, many = wanted[0].kind, [w.request for w in wanted]
     sizes = [len(r[0]) for r in many]
     cuts = np.cumsum([0, *sizes]).tolist()
     if kind == "rows":
-        got = truth[kind]([x for rows, _, _ in many for x in rows], [s for _, starts, _ in many for s in starts], many[0][2])
+        rows, starts, keys, beside = zip(*many)
+        got = truth[kind]([x for some in rows for x in some], [s for some in starts for s in some], keys[0], Beside.joined(beside))
     elif kind == "tokens":
         got = truth[kind](np.concatenate([q for q, _ in many]), many[0][1])
         return [got.take(slice(a, b)) for a, b in pairwise(cuts)]

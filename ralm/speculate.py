@@ -177,8 +177,9 @@ class _Sources:
     def __init__(self, run: Any, truth: dict[str, Callable], guess: Guess):
         self.run, self.guess, self._truth = run, guess, truth
         self.seconds = 0.0  # spent on true searches
-        self.truth = {"rows": truth["rows"], "tokens": self._tokens, "passages": self._passages}
-        self.guesses = {"rows": truth["rows"], "tokens": self._near, "passages": self._last}
+        certain = {kind: truth[kind] for kind in ("rows", "neighbours")}
+        self.truth = certain | {"tokens": self._tokens, "passages": self._passages}
+        self.guesses = certain | {"tokens": self._near, "passages": self._last}
 
     def _tokens(self, q_ND: np.ndarray, k: int) -> Any:
         """True neighbours; where an approximate index could choose others among many queries than for one, one by one."""
@@ -302,7 +303,7 @@ def _check(told: list[dict[tuple, Any]], sources: _Sources) -> None:
     groups: dict[tuple, list[tuple[dict, tuple]]] = {}
     for answers in told:
         for name in answers:
-            if name[0] != "rows":
+            if name[0] in ("tokens", "passages"):  # neighbours of chunks are searched for at once, they are no guesses
                 groups.setdefault(name[:2], []).append((answers, name))
     for (kind, k), asked in groups.items():
         wanted = [Wanted(kind, name, (_query(name), k)) for _, name in asked]

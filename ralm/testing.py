@@ -86,7 +86,7 @@ def check_neutral(ralm: RALM, ids: Sequence[int]) -> None:
     everything = [d.id for d in ralm.store.documents()]
     same(ralm.score(ids, exclude=everything).logp, base.logp, "neutral (every document excluded)")
     same(replace(ralm, when="never").score(ids).logp, base.logp, "neutral (never due)")
-    if ralm.how.how == "output":
+    if ralm.how.how != "input":
         return
     blind = replace(ralm, retriever=Fixed(ralm.store, [])).score(ids)
     room = blind.convention["window"] - blind.convention["evidence_tokens"]  # evidence was expected: its room was kept free
@@ -144,7 +144,7 @@ def check_forgetting(ralm: RALM, never: RALM, ids: Sequence[int], removed: Itera
         near = ralm.explain(ralm.lm.tokenizer.decode(ids)).neighbours
         assert not gone & {n.document for token in near for n in token}, "forgetting: tokens of removed documents were neighbours"
     for e in ours.evidence:
-        read = {c.document for c in ralm.store.chunks(e.ids.tolist())} if len(e.ids) else set()
+        read = {c.document for c in ralm.source(e).chunks(e.ids.tolist())} if len(e.ids) else set()
         assert not read & gone, f"forgetting: removed documents {sorted(read & gone)} were read at {e.at}"
 
 

@@ -88,7 +88,10 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """One retrieval: the unit of attribution. `at` counts the tokens (of prompt and text) that stood before it."""
+    """One retrieval: the unit of attribution. `at` counts the tokens (of prompt and text) that stood before it.
+
+    kind says whose `ids` these are: "passages" are chunks of the datastore, "neighbours" those of a neighbour database (RETRO),
+    found with the chunk of m tokens that ends at `at`; the query is its text."""
 
     at: int
     query: str
@@ -96,6 +99,7 @@ class Evidence:
     scores: np.ndarray  # float32 [K], the retriever's
     seconds: float
     weights: np.ndarray | None = None  # float32 [K], the fusion's normalised weights where it has some
+    kind: Literal["passages", "neighbours"] = "passages"
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ class Scored:
     convention: Mapping[str, Any]
     seconds: float
     at: np.ndarray | None = None  # int64 [T]: Evidence.at of the evidence in force at each token, -1 where none
+    under: np.ndarray | None = None  # int64 [T]: which of `evidence` that is, -1 where none
 
     @property
     def nats(self) -> float:
@@ -156,12 +161,13 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Retrieved:
-    """Event: a retrieval was made (always before the tokens it influences)."""
+    """Event: a retrieval was made (always before the tokens it influences). what: "passages" or "neighbours" (Evidence.kind)."""
 
     at: int
     query: str
     passages: Sequence[Citation]
     seconds: float
+    what: str = "passages"
     kind: ClassVar[str] = "retrieved"
 
 

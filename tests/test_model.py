@@ -311,7 +311,7 @@ def test_what_moved_is_shared_by_the_weights(lm, store):
 def test_a_blank_query_finds_nothing_and_moves_no_other(lm, store):
     """Even where a retriever would find something for it (a dense one does); the other queries keep their own hits."""
     ralm = RALM(lm, Alternates(store), how=Prepend(**SHAPE))
-    found = ralm._search(["", "ab", " \n", "abc", ""], 1, ())
+    found = ralm._timed(ralm.retriever, ["", "ab", " \n", "abc", ""], 1, ())[0]
     assert [h.ids.tolist() for h in found] == [[[]], [[0]], [[]], [[2]], [[]]]
     assert not RALM(lm, Alternates(store), how=Prepend(**SHAPE)).score("\n\n\n", prompt="  ").evidence[0].ids.size
 

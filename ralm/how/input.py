@@ -36,26 +36,15 @@ class Plain:
 
     def logprobs(self, lm: LanguageModel, ids_BT: Tensor, segments: Sequence[Segment], fetch: Callable, store) -> Iterator[Span]:
         """Yield (segment, logp_BSV); one forward for all segments."""
-        import torch
+        from ralm.how.rows import window_rows
 
-        from ralm.how.rows import logp_rows
-
-        first, stop = segments[0].start, segments[-1].stop
-        logp = logp_rows(lm, [[lm.bos, *row[:stop - 1]] for row in ids_BT.tolist()], [first + 1] * len(ids_BT))
-        logp_BSV = torch.stack(logp)
-        for s in segments:
-            yield s, logp_BSV[:, s.start - first:s.stop - first]
+        return window_rows(lm, ids_BT, segments)
 
     def targets(self, lm: LanguageModel, ids_BT: Tensor, segments: Sequence[Segment], fetch: Callable, store) -> Iterator[Span]:
         """Yield (segment, logp_BS): ln p of the tokens that stand in ids_BT."""
-        import torch
+        from ralm.how.rows import window_targets
 
-        from ralm.how.rows import target_rows
-
-        first, stop = segments[0].start, segments[-1].stop
-        read = target_rows(lm, [[lm.bos, *row[:stop - 1]] for row in ids_BT.tolist()], ids_BT[:, first:stop])
-        for s in segments:
-            yield s, torch.stack([logp_S[s.start - first:s.stop - first] for logp_S, _, _ in read])
+        return window_targets(lm, ids_BT, segments)
 
 
 class Passages:

@@ -39,7 +39,10 @@ def feed_forward(model: Any, kind: str, name: str) -> Any:
 def fingerprint(lm: Any) -> str:
     """32 hex digits of a model's weights (as they are held: float32 and bfloat16 differ) and of its tokenizer.
 
-    Two models with the same one give the same keys. Counted once per model object."""
+    Two models with the same one give the same keys: of a RETRO (lm/retro.py) it is the decoder's, since keys are states of the text
+    alone. Counted once per model object."""
+    if "neighbours" in lm.gives:
+        return fingerprint(lm.base)
     if (found := getattr(lm, "_fingerprint", None)) is None:
         digest = hashlib.sha256()
         for name, tensor in sorted(lm.model.state_dict().items()):

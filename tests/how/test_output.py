@@ -171,7 +171,7 @@ def test_bad_options_are_one_line(spec):
 
 def test_a_batch_is_its_rows(store, tokens, lm, ids):
     """The contract takes several rows: they do not touch each other."""
-    from ralm.model import _Fetch
+    from ralm.run import _Fetch
     from ralm.types import Segment
 
     ids = ids[:50]

@@ -93,10 +93,10 @@ def test_evidence_that_is_not_due_is_refused_by_the_engine(lm, bm25, ids):
 
 def test_a_schedule_off_by_one(lm, bm25, ids, monkeypatch):
     """Segments whose evidence is fetched one token too late, as a wrong plan would make them."""
-    import ralm.model
+    import ralm.run
 
-    right = ralm.model.plan
-    monkeypatch.setattr(ralm.model, "plan", lambda *a: [Segment(s.start, s.stop, s.at and s.at + 1) for s in right(*a)])
+    right = ralm.run.plan
+    monkeypatch.setattr(ralm.run, "plan", lambda *a: [Segment(s.start, s.stop, s.at and s.at + 1) for s in right(*a)])
     with breaks("causal"):
         check_causal(RALM(lm, bm25, how=Prepend(k=1, **SHAPE), when="every:2"), ids)
 
