@@ -8,12 +8,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from ralm.errors import UsageError, unknown
 
+T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Settings:
@@ -74,6 +75,21 @@ class Settings:
         return self.floor + (1 - self.floor) * max(0.0, left)
 
 
+def section(recipe: Mapping[str, Any], name: str, cls: type[T]) -> T:
+    """A recipe's table as the dataclass that says what may stand in it; lists that are not given are empty.
+
+    Raises UsageError for an unknown key or a value of another type than the default's."""
+    table = dict(recipe.get(name) or {})
+    known = {f.name: f for f in fields(cls)}
+    for key, value in table.items():
+        if key not in known:
+            raise unknown(f"setting in [{name}]", key, known)
+        kinds = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list}[known[key].type]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+            raise UsageError(f"[{name}] {key} = {value!r}: expected {known[key].type}")
+    return cls(**{key: [] for key, f in known.items() if f.type == "list"} | table)
+
+
 @dataclass
 class Group:
     """Parameters that are trained alike, by names that stay the same from run to run."""
@@ -86,6 +102,7 @@ class Group:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     momentum: float = 0.95
+    after: int = 0  # first step it is moved at (its gradient is computed all the same)
 
 
 class Task:
