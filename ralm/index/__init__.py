@@ -77,26 +77,36 @@ def update(store) -> None:
 
 
 def compact(store) -> None:
-    """Rewrite every artifact, token stores among them, without the rows that are gone from the store. To be called after
-    store.compact(purge=...)."""
-    from ralm.what import token_build
+    """Rewrite every artifact, token stores and neighbours among them, without the rows that are gone from the store. To be called
+    after store.compact(purge=...)."""
+    from ralm.what import neighbour_build, token_build
+    from ralm.what.token_chunks import TokenChunks
 
     for part, _ in store.parts:
         for made in sorted((Path(part.path) / "tokens").glob("*/manifest.json")):
             token_build.compact(part, made.parent.name)
-        for artifact in built(part):
-            if _kind(part, artifact) == "sparse":
-                from ralm.index import grow
+        for made in sorted((Path(part.path) / "neighbours").glob("*/chunks/manifest.json")):
+            name = made.parents[1].name
+            neighbour_build.compact(part, name)
+            _compact(TokenChunks(part, name, as_it_is=True))
+        _compact(part)
 
-                grow.compact(part)
-            elif _kind(part, artifact) == "dense":
-                from ralm.index import dense
 
-                dense.compact(part, artifact)
-            elif _kind(part, artifact) == "suffix":
-                from ralm.index import suffix
+def _compact(part) -> None:
+    """The indexes over one datastore, or over one's chunks."""
+    for artifact in built(part):
+        if _kind(part, artifact) == "sparse":
+            from ralm.index import grow
 
-                suffix.compact(part, artifact)
+            grow.compact(part)
+        elif _kind(part, artifact) == "dense":
+            from ralm.index import dense
+
+            dense.compact(part, artifact)
+        elif _kind(part, artifact) == "suffix":
+            from ralm.index import suffix
+
+            suffix.compact(part, artifact)
 
 
 def _class(name: str):

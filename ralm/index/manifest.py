@@ -81,7 +81,7 @@ def check(folder: Path, manifest: Manifest, store, kind: str, settings: Mapping[
         if ours[key] != theirs.get(key):
             raise FingerprintError(
                 f"{folder} was made with {key} = {theirs.get(key)!r}, {ours[key]!r} is asked for: "
-                f"ask for {theirs.get(key)!r}, or rebuild it (ralm index {store.path} --index … --rebuild)")
+                f"ask for {theirs.get(key)!r}, or rebuild it ({command(folder, '…')} --rebuild)")
 
 
 def new_part(folder: Path) -> Path:
@@ -145,10 +145,24 @@ def sizes(folder: Path, part: Part) -> None:
 
 def remedy(folder: Path) -> str:
     """What to do about a damaged artifact: the one command that makes it anew from the documents."""
-    store = folder.parent.parent
     if folder.parent.name == "tokens":
         return f"the documents are not touched, make it again: {tokens_command(folder)}{_unusual(folder)} --rebuild"
-    return f"the documents are not touched, build it again: ralm index {store} --index {_spec(folder)} --rebuild"
+    return f"the documents are not touched, build it again: {command(folder)} --rebuild"
+
+
+def command(folder: Path, spec: str = "", name: str = "") -> str:
+    """The command that makes or extends an index (by default as it is) or neighbours; name: of other neighbours beside these."""
+    if (base := _neighbours(folder)) is None:
+        return f"ralm index {folder.parent.parent} --index {spec or _spec(folder)}"
+    made, name = _settings(base / "chunks"), name or base.name
+    m = f" --m {made['m']}" if name == base.name and made.get("m", 64) != 64 else ""
+    called = "" if name == "default" else f" --name {name}"
+    return f"ralm neighbours {base.parents[1]} --lm {made.get('lm') or '…'}{m}{called}"
+
+
+def _neighbours(folder: Path) -> Path | None:
+    """STORE/neighbours/NAME where an artifact (chunks, index/bm25) is one of those in it."""
+    return next((p for p in folder.parents[:2] if p.parent.name == "neighbours" and (p.parents[1] / "store.json").is_file()), None)
 
 
 def tokens_command(folder: Path, lm: str = "") -> str:

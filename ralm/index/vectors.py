@@ -145,7 +145,7 @@ def ready(store, wish: Wish) -> manifest.Manifest:
         if isinstance(e, StoreError):
             raise
         raise StoreError(f"{folder} covers {found.stop if found else 0} of {store.chunk_rows} chunks and cannot be extended "
-                         f"({e}); build it where the datastore can be written: ralm index {store.path}") from e
+                         f"({e}); build it where the datastore can be written: {manifest.command(folder)}") from e
 
 
 def opened(store, wish: Wish) -> tuple[manifest.Manifest, Rows]:

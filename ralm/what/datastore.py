@@ -233,6 +233,15 @@ class Datastore:
         """The stored states of these revisions. Raises StoreError for one that was never given or that compaction dropped."""
         return self._view.sources(np.asarray(revs, np.int64)) if len(revs) else {}
 
+    def names(self, revs: Sequence[int]) -> list[str]:
+        """The document ids of these stored revisions; no text is read. Raises StoreError for one that is not there (any more)."""
+        return self._view.names(np.asarray(revs, np.int64))
+
+    def revisions_of(self, ids: Sequence[str]) -> dict[str, int]:
+        """{id: revision} of those of these documents that this version holds."""
+        at = self._view.positions(ids)
+        return dict(zip(at, self._view.revs_of(list(at.values())).tolist()))
+
     def chunk_ids(self) -> np.ndarray:
         """int64, ascending: the chunks of this version."""
         return np.flatnonzero(self.alive)

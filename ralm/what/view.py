@@ -252,10 +252,7 @@ class View:
                     out[rev] = self._recent[rev]
         missing = wanted[[rev not in out for rev in wanted.tolist()]] if len(out) < len(wanted) else wanted[:0]
         if len(missing):
-            at = np.searchsorted(self._text_rev, missing)
-            if at[-1] >= len(self._text_rev) or (self._text_rev[at] != missing).any():
-                raise self._lost(self.texts, ValueError("the text of a document is not there"))
-            rows = self._take(self.texts, at.tolist(), list(Source._fields))
+            rows = self._take(self.texts, self._text_positions(missing).tolist(), list(Source._fields))
             fresh = dict(zip(missing.tolist(), map(Source, *(rows.column(f).to_pylist() for f in Source._fields))))
             out |= fresh
             if keep:
@@ -300,11 +297,22 @@ class View:
         """See Datastore.document_ids. Reads the texts table's id column only."""
         if not len(chunk_ids):
             return []
-        revs = self._chunk[1][self.chunk_positions(chunk_ids)]
-        wanted, back = np.unique(revs, return_inverse=True)
-        at = np.searchsorted(self._text_rev, wanted)
-        names = self._take(self.texts, at.tolist(), ["id"]).column("id").to_pylist()
+        wanted, back = np.unique(self._chunk[1][self.chunk_positions(chunk_ids)], return_inverse=True)
+        names = self.names(wanted)
         return [names[i] for i in back.tolist()]
+
+    def names(self, revs: np.ndarray) -> list[str]:
+        """See Datastore.names."""
+        if not len(revs):
+            return []
+        return self._take(self.texts, self._text_positions(revs).tolist(), ["id"]).column("id").to_pylist()
+
+    def _text_positions(self, revs: np.ndarray) -> np.ndarray:
+        """Row positions in the texts table. Raises StoreError for a revision that is not stored."""
+        at = np.searchsorted(self._text_rev, revs)
+        if (at >= len(self._text_rev)).any() or (self._text_rev[at] != revs).any():
+            raise self._lost(self.texts, ValueError("the text of a document is not there"))
+        return at
 
     def states(self, first: int = 0, batch: int = 128) -> Iterator[tuple[int, Source]]:
         """See Datastore.states."""
