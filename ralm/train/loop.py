@@ -99,7 +99,8 @@ class _Run:
         """At most one of each kind, over the groups that want it; `peak` is a group's own learning rate."""
         out: dict[str, torch.optim.Optimizer] = {}
         for kind in ("muon", "adamw"):
-            mine = [{"params": list(g.parameters.values()), "peak": g.lr, "lr": g.lr, "weight_decay": g.weight_decay}
+            mine = [{"params": list(g.parameters.values()), "peak": g.lr, "lr": g.lr, "after": g.after,
+                     "weight_decay": g.weight_decay}
                     | ({"momentum": g.momentum} if kind == "muon" else {"betas": g.betas, "eps": g.eps})
                     for g in self.groups if g.optimiser == kind]
             if mine and kind == "muon":
@@ -248,7 +249,7 @@ class _Run:
         step, share = self.state.step, self.settings.rate(self.done())
         for optimiser in self.optimisers.values():
             for group in optimiser.param_groups:
-                group["lr"] = group["peak"] * share
+                group["lr"] = group["peak"] * share if step >= group["after"] else 0.0
         figures = dict(self.task.prepare(step) or {})
         parts = list(self.task.batch(step))
         if not parts or len(parts) % self.world.size:

@@ -16,6 +16,7 @@ from ralm.errors import UsageError, unknown
 
 T = TypeVar("T")
 
+
 @dataclass(frozen=True)
 class Settings:
     """The [train] table. Shares are of the whole run, in [0, 1]; what a task wants to know beyond these has its own table."""

@@ -323,6 +323,23 @@ def test_a_group_without_gradient_is_an_error(tmp_path):
     assert run(tmp_path / "b", recipe(still=True, idle=0))[1]["finished"]
 
 
+def test_a_group_begins_when_it_is_told(tmp_path):
+    class Late(Regress):
+        def groups(self):
+            first, second = super().groups()
+            second.after = 5
+            return [first, second]
+
+    task = Late(recipe())
+    begun = {n: p.detach().clone() for n, p in task.net.named_parameters()}
+    fit(task, recipe(), tmp_path, until=5)
+    now = dict(task.net.named_parameters())
+    assert all(torch.equal(now[n], begun[n]) == (now[n].ndim == 1) for n in begun)
+    again = Late(recipe())
+    fit(again, recipe(), tmp_path)
+    assert not any(torch.equal(p, begun[n]) for n, p in again.net.named_parameters())
+
+
 def test_one_run_a_folder(tmp_path):
     class Greedy(Regress):
         def evaluate(self):
