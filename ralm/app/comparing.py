@@ -67,11 +67,11 @@ def overlap_lines(data: Mapping[str, Any]) -> Iterator[str]:
                      right=range(1, len(head)))
 
 
-def evidence_lines(data: Mapping[str, Any]) -> Iterator[str]:
-    """The texts that each system improved most, and the stored documents that moved them."""
+def evidence_lines(data: Mapping[str, Any], most: int | None = None) -> Iterator[str]:
+    """The texts that each system improved most (at most so many of each), and the stored documents that moved them."""
     first = data["systems"][0]["name"]
     for r in data["systems"][1:]:
-        for e in r["evidence"]:
+        for e in r["evidence"][:most]:
             moved = {name: w for name, w in e["documents"].items() if w > 0}
             total = sum(moved.values())
             by = ", ".join(f"{name} {100 * w / total:.0f} %" for name, w in list(moved.items())[:MOVED])

@@ -7,29 +7,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from ralm import progress
+from ralm.app import options
 from ralm.app.asking import answer_lines, cited
-from ralm.app.terminal import Output, bold, count, dim, duration, number, table, wrapped
+from ralm.app.parts import Parts
+from ralm.app.terminal import Output, bold, count, dim, duration, number, wrapped
 from ralm.types import Document
 
 if TYPE_CHECKING:
     from ralm.model import RALM
     from ralm.types import Answer
     from ralm.what.datastore import Datastore
-    from ralm.what.token_store import TokenStore
 
 HELD_OUT = 40  # every 40th document is kept out of the datastore, for perplexity
-SCORED = 48  # of them, as many are scored as the minutes allow
+SCORED = 32  # of them, as many are scored as the minutes allow
 RETRIEVER = "hybrid"
-HOW, WHEN = "prepend:k=1,tokens=200", "every:16"
-KNN = "knn:k=1024,lam=0.55,temperature=20"  # of kNN-LM, tuned on documents that are neither stored nor scored
-NEAR = 180_000  # characters of the datastore whose tokens it keeps: what is read in seconds
+LM, WHEN = "bundled:base", "every:32"
+PREPEND = "prepend:k=1,tokens=200"
+KNN = "knn:k=1024,lam=0.55,temperature=20"  # tuned on documents that are neither stored nor scored
+COMPARED = ("none", PREPEND, "ensemble:k=2,tokens=200", KNN, f"{PREPEND}+{KNN}")
+SMALL = 180_000  # characters of the datastore that systems are compared on: its tokens are read in seconds
 SENTENCE, LOOKED_AT = 240, 6  # characters of the text that is attributed, of the best of so many
 
 # (question, the answers that count): written from the documentation
@@ -160,50 +162,42 @@ def decline(script: Script, system: RALM) -> None:
 
 
 def measure(script: Script, kb: Datastore, held: Sequence[Document]) -> None:
-    """Perplexity and bits per byte of documentation that the datastore does not hold, without and with retrieval at the input."""
-    from ralm.eval.perplexity import evaluate_perplexity
-    from ralm.index import retriever
-    from ralm.model import RALM
+    """Documentation that the datastore does not hold, by the model alone and by every way to read a datastore, in one table."""
+    from ralm.app import comparing
 
-    base = RALM("bundled:base")
     few = sorted(held, key=lambda d: d.id)[:: max(1, len(held) // SCORED)][:SCORED]
-    script.step(f"Perplexity of {count(len(few), 'held-out document')}: bundled:base was trained on books and Wikipedia")
-    near = some_tokens(script, kb, base.lm)
-    knn = replace(base, tokens=near, how=KNN)
-    systems = {"bundled:base alone": base,
-               f"passages at the input: bm25, {HOW}, {WHEN}": replace(base, retriever=retriever("bm25", kb), how=HOW, when=WHEN),
-               f"{len(near):,} tokens at the output: {KNN}": knn}
-    rows, data = [], {}
-    for name, system in systems.items():
-        scored = evaluate_perplexity(system, few)
-        data[name] = scored
-        rows.append([name, number(scored["ppl"], 2), number(scored["bits_per_byte"], 3), f"{scored['tokens']:,}",
-                     duration(scored["seconds"])])
-    head = ("", "ppl per token", "bits per byte", "tokens", "time")
-    script.say(*(f"   {line}" for line in table(rows, head, right=(1, 2, 3, 4))))
-    script.data["perplexity"] = data
-    attribute(script, knn, few, *data.values())
+    script.step(f"{count(len(few), 'held-out document')}, by a model of books and Wikipedia that reads other documents beside them")
+    parts = small(script, kb)
+    named = options.systems([",".join(COMPARED)], LM)
+    data = comparing.compared(parts, named, few, WHEN, None, None, None, True, None)
+    script.say(*(f"   {line}" for line in comparing.system_lines(data)), "",
+               *(f"   {line}" for line in comparing.evidence_lines(data, 1)))
+    script.data["compared"] = data
+    attribute(script, parts.system(LM, KNN), few, data["systems"][0]["rows"], data["systems"][COMPARED.index(KNN)]["rows"])
 
 
-def some_tokens(script: Script, kb: Datastore, lm: Any) -> TokenStore:
-    """The tokens of every n-th document, in a datastore of their own beside the demo's, so that it is made while one waits."""
+def small(script: Script, kb: Datastore) -> Parts:
+    """Every n-th document in a datastore of its own beside the demo's, with all that its systems ask for, made while one waits."""
     from ralm.what.datastore import Datastore
     from ralm.what.token_store import TokenStore
 
     began = time.perf_counter()
-    step = max(1, round(sum(len(d.text) for d in kb.documents()) / NEAR))
-    few = Datastore.build(kb.path.with_name(f"{kb.path.name}.tokens"), (d for n, d in enumerate(kb.documents()) if n % step == 0))
-    near = TokenStore.build(few, lm)
-    script.say(f"   a token store of {'every document' if step == 1 else f'one document in {step}'}: {count(len(near), 'token')}, "
-               f"nothing trained  {dim(duration(time.perf_counter() - began))}")
-    return near
+    step = max(1, round(sum(len(d.text) for d in kb.documents()) / SMALL))
+    few = Datastore.build(kb.path.with_name(f"{kb.path.name}.small"), (d for n, d in enumerate(kb.documents()) if n % step == 0))
+    parts = Parts(few.path, retriever="bm25")
+    tokens = TokenStore.build(few, parts.model(LM))
+    which = "every document" if step == 1 else f"one document in {step}"
+    script.say(f"   {which} in a datastore of its own, with a token store of {count(len(tokens), 'token')}, nothing trained  "
+               f"{dim(duration(time.perf_counter() - began))}")
+    return parts
 
 
-def attribute(script: Script, system: RALM, texts: Sequence[Document], alone: dict[str, Any], _: Any, knn: dict[str, Any]) -> None:
+def attribute(script: Script, system: RALM, texts: Sequence[Document], alone: Sequence[dict[str, Any]],
+              knn: Sequence[dict[str, Any]]) -> None:
     """The beginning of a document that neighbours helped much: which tokens, and where in the datastore they stood before."""
     from ralm.app.explaining import as_json, gains, perplexities, token_lines
 
-    saved = [(a["nats"] - b["nats"]) / a["tokens"] for a, b in zip(alone["rows"], knn["rows"])]
+    saved = [(a["nats"] - b["nats"]) / a["tokens"] for a, b in zip(alone, knn)]
     told = []
     for i in sorted(range(len(texts)), key=lambda i: -saved[i])[:LOOKED_AT]:
         text = texts[i].text[:SENTENCE].rpartition(" ")[0] if len(texts[i].text) > SENTENCE else texts[i].text

@@ -1,4 +1,4 @@
-"""The demo's own code on a few pages: what kNN-LM says of held-out documentation, and one text that is attributed."""
+"""The demo's own code on a few pages: systems compared on held-out documentation, and one text that is attributed."""
 
 from itertools import islice
 
@@ -12,20 +12,24 @@ from ralm.types import Document
 from ralm.what.datastore import Datastore
 
 
-def test_neighbours_help_a_model_that_never_saw_documentation(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "NEAR", 8_000)
+def test_all_ways_to_read_a_datastore_in_one_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "SMALL", 8_000)
     pages = [Document(d.id, d.text[:600], d.title) for d in islice(topics(), 30)]
     kb = Datastore.build(tmp_path / "kb", pages[2:])
     script = demo.Script(Output())
     demo.measure(script, kb, pages[:2])
-    alone, passages, knn = script.data["perplexity"].values()
-    assert knn["ppl"] < alone["ppl"] and knn["tokens"] == alone["tokens"] == passages["tokens"]
-    assert 0 < knn["retrievals"] == knn["tokens"]
+    few = Datastore.open(tmp_path / "kb.small")
+    assert len(few) < len(kb)
+    rows = {r["name"]: r for r in script.data["compared"]["systems"]}
+    assert list(rows) == list(demo.COMPARED) and len({r["tokens"] for r in rows.values()}) == 1
+    knn = rows[demo.KNN]
+    assert knn["ppl"] < rows["none"]["ppl"] and 0 < knn["retrievals"] == knn["tokens"] and rows[demo.PREPEND]["retrievals"] > 0
+    assert all(few.has(d) for r in rows.values() for e in r.get("evidence", ()) for d in e["documents"])
     stored = {d.id: d.text for d in kb.documents()}
     data = script.data["attributed"]
     assert "".join(t["text"] for t in data["tokens"]) == data["text"] and len(data["text"]) <= demo.SENTENCE
     assert data["documents"] and all(stored[n["document"]].startswith(n["target"], n["start"])
                                      for t in data["tokens"] for n in t["neighbours"])
     out = capsys.readouterr().out
-    assert "tokens at the output" in out and "with neighbours; what helped most, and where" in out and out.count("weight") == 3
-    assert len(Datastore.open(tmp_path / "kb.tokens")) < len(kb)
+    assert all(name in out for name in rows) and "bits a byte of" in out
+    assert "with neighbours; what helped most, and where" in out and out.count("weight") == 3
