@@ -93,8 +93,13 @@ class NeighbourStore:
         """(the chunks of a datastore, the number of its first in the union) as of the version the store is at."""
         return self._opened().leaves
 
+    @property
     def fingerprint(self) -> str:
-        """What the numbers of chunks and what is found depend on: datastores with their versions, tokenizer, m, retriever."""
+        """Of the tokenizer the chunks were cut by (`tokenizer_fingerprint`)."""
+        return self.settings["fingerprint"]
+
+    def identity(self) -> str:
+        """What decides what is found: datastores with their versions, tokenizer, m, retriever."""
         at = "+".join(f"{leaf.id}@{leaf.version}" for leaf, _ in self.leaves)
         return f"{at}/{self.leaves[0][0].split}/{self.retriever}"
 
@@ -174,6 +179,10 @@ class NeighbourStore:
                 if at < len(leaf.revs) and leaf.revs[at] == rev:
                     out.setdefault(name, []).append(at + view.before[id(leaf)])
         return out
+
+    def sizes(self) -> np.ndarray:
+        """int64: how many chunks each document has, by its number."""
+        return np.concatenate([leaf.counts for leaf, _ in self.leaves])
 
     def _split(self, flat: np.ndarray):
         """(chunks of a datastore, which of the numbers are its own, these counted in it). -1 is nobody's."""
