@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ralm.errors import CapabilityError, RalmError, StoreError, UsageError, need
 from ralm.lm.keys import check_key
@@ -98,6 +99,11 @@ class Block(nn.Module):
         """The second half, the MLP: what it adds to the stream."""
         return self.down(F.silu(self.gate(h_BTD)) * self.up(h_BTD))
 
+    def both(self, x_BTD: Tensor, *context) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """The stream after both halves, and the rest of `look`."""
+        x_BTD, h_BTD, kv = self.look(x_BTD, *context)
+        return x_BTD + self.think(h_BTD), h_BTD, kv
+
 
 class Decoder(nn.Module):
     """The network: token ids to final normed hidden states. Logits are `hidden @ embed.weight.T` (tied)."""
@@ -112,6 +118,7 @@ class Decoder(nn.Module):
         angle = torch.outer(torch.arange(c.window).float(), c.theta ** (-torch.arange(0, size, 2).float() / size))
         self.register_buffer("cos", angle.cos().repeat(1, 2), persistent=False)  # [window, E]
         self.register_buffer("sin", angle.sin().repeat(1, 2), persistent=False)
+        self.again = None  # training: `context_fn` of torch.utils.checkpoint; blocks are then run again in backward
         self.apply(self._init)
         for b in self.blocks:  # every block begins as the identity
             nn.init.zeros_(b.attention.o.weight)
@@ -140,10 +147,14 @@ class Decoder(nn.Module):
             self.cos[positions_BT][:, None], self.sin[positions_BT][:, None])
         x_BTD, kept = self.embed(ids_BT), []
         for n, block in enumerate(self.blocks):
-            x_BTD, h_BTD, kv = block.look(x_BTD, rotary, past[n] if past else None, mask, mask is None and past is None)
+            context = rotary, past[n] if past else None, mask, mask is None and past is None
+            if block is self.blocks[-1]:
+                x_BTD, h_BTD, kv = block.look(x_BTD, *context)
+            elif self.again is not None and torch.is_grad_enabled():
+                x_BTD, h_BTD, kv = checkpoint(block.both, x_BTD, *context, use_reentrant=False, context_fn=self.again)
+            else:
+                x_BTD, h_BTD, kv = block.both(x_BTD, *context)
             kept.append(kv)
-            if block is not self.blocks[-1]:
-                x_BTD = x_BTD + block.think(h_BTD)
         return self.norm(x_BTD + self.blocks[-1].think(h_BTD)) if rest else None, h_BTD, kept
 
 

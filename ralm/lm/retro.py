@@ -94,6 +94,40 @@ class Retro:
         {"use_reentrant": False, "context_fn": lm.again})."""
         return nullcontext(), self._during(getattr(self._here, "reading", None))
 
+    @torch.no_grad()
+    def begin(self, ids_BT: Tensor) -> None:
+        """Give new weights a start from which they learn soon, measured on some text (a few thousand tokens).
+
+        The encoder's tokens get the size of one, contributions (config.scaled) three tenths of the stream's. And the queries of
+        each layer begin as the best linear guess, from the stream, at what the encoder makes of the token just read, seen through that
+        layer's own keys: so attention looks for places where the neighbours say the same, which are worth finding. From random
+        queries a small model does not find out for hundreds of steps that there are any."""
+        if isinstance(self.adapter.embed, nn.Linear):
+            self.adapter.embed.weight.div_(self.adapter.embed(self._embedding.weight[:4096].float()).square().mean().sqrt())
+        blocks, reads, _ = self._between()
+        streams: dict[int, Tensor] = {}
+
+        def seen(p: int, module: nn.Module, args: tuple) -> None:
+            streams[p] = args[0]
+
+        hooks = [getattr(blocks[p - 1], reads).register_forward_pre_hook(partial(seen, p)) for p in self.layers]
+        try:
+            self.base.forward(ids_BT, keep=1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        device, encoder = self._embedding.weight.device, self.adapter.encoder
+        e_BTC = self._embed(ids_BT.to(device)[:, None])
+        wanted_NC = encoder.out(e_BTC if encoder.before is None else encoder.beside(e_BTC)).flatten(0, 2).float()
+        for p, x_BTD in streams.items():
+            cross = self.adapter.cross[str(p)]
+            if cross.scale is not None:
+                cross.scale.fill_(float(x_BTD.float().square().mean().sqrt()) * 0.3)
+            x_ND = cross.norm(x_BTD.float()).flatten(0, 1)
+            square = x_ND.T @ x_ND + 0.01 * len(x_ND) * torch.eye(x_ND.shape[1], device=device)
+            guess_DC = torch.linalg.solve(square, x_ND.T @ wanted_NC)
+            cross.attention.q.weight.copy_(1.5 * cross.attention.k.weight @ guess_DC.T)
+
     # ---- the contract -----------------------------------------------------------------------------------------------
 
     def forward(self, ids_BT: Tensor, *, past: Past | None = None, mask: Tensor | None = None, keep: int | Tensor | None = None,

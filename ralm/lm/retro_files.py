@@ -48,8 +48,8 @@ class Base:
         its name. Raises UsageError for a name that loads nothing."""
         spec = lm.name.removeprefix("retro(").removesuffix(")") if spec is None else spec
         if spec and parse(spec).name not in ("bundled", "hf", "gpt"):
-            raise UsageError(f"'{spec}' is no spec that loads a decoder; use bundled:base, hf:NAME or gpt:FOLDER, or '' for a model "
-                             "of ralm that is to be written beside the new weights")
+            raise UsageError(f"'{spec}' is no spec that loads a decoder; use bundled:base, hf:NAME or gpt:FOLDER, or '' for a "
+                             "model of ralm that is to be written beside the new weights")
         return Base(spec, fingerprint(lm) if spec else "", trained)
 
 
@@ -62,8 +62,8 @@ def save(lm: Retro, folder: str | Path, base: Base, trained: Mapping[str, Any] |
         from ralm.lm.gpt import save as save_gpt
 
         if not isinstance(lm.base, GPT):
-            raise UsageError(f"'{lm.base.name}' is a model of transformers: save it with save_pretrained, and give hf:FOLDER as its "
-                             "spec")
+            raise UsageError(f"'{lm.base.name}' is a model of transformers: save it with save_pretrained, and give hf:FOLDER as "
+                             "its spec")
         save_gpt(folder / OWN, lm.base.model, lm.base.tokenizer, replace(lm.base.config, trained={}))
     elif base.trained:
         _write(lm.base.model, folder / "base.safetensors")
@@ -90,8 +90,8 @@ def load(source: str | Path, base: LanguageModel | None = None, device: str = "c
     config, made = _config(folder)
     lm = base if base is not None else _decoder(made, folder, device)
     if made.spec and (found := fingerprint(lm)) != made.fingerprint:
-        raise FingerprintError(f"'{folder}' was made around {made.spec} with fingerprint {made.fingerprint}, '{lm.name}' has {found}; "
-                               "give the decoder it was trained with, in the same precision, or train anew")
+        raise FingerprintError(f"'{folder}' was made around {made.spec} with fingerprint {made.fingerprint}, '{lm.name}' has "
+                               f"{found}; give the decoder it was trained with, in the same precision, or train anew")
     out = Retro(lm, config)
     if made.spec and made.trained:
         _read(lm.model, folder / "base.safetensors")
@@ -124,8 +124,8 @@ def _config(folder: Path) -> tuple[Any, Base]:
     values = described(folder)
     for key, kind in (("retro", RetroConfig), ("base", Base)):
         if odd := sorted(values[key].keys() - {f.name for f in fields(kind)}):
-            raise StoreError(f"{folder / 'config.json'} has {key}.{odd[0]}, which this release does not know; update ralm, or write "
-                             "the folder again")
+            raise StoreError(f"{folder / 'config.json'} has {key}.{odd[0]}, which this release does not know; update ralm, or "
+                             "write the folder again")
     shape = {k: tuple(v) if isinstance(v, list) else v for k, v in values["retro"].items()}
     return RetroConfig(**shape), Base(**values["base"])
 

@@ -33,7 +33,9 @@ class RetroConfig:
     C and the shape of the encoder; enc_layers: P_enc, its layers that look at the chunk. cross_heads, cross_size: H and E of
     chunked cross-attention (their product need not be D). embed: the encoder's tokens by an embedding of its own, or by the
     decoder's and a projection. gate: what a layer's contribution is multiplied with: `tanh` of a number that begins at 0, `zero`
-    nothing, but the output projection begins at 0, `none` nothing. With the first two a new model is the decoder, bit for bit."""
+    nothing, but the output projection begins at 0, `none` nothing. With the first two a new model is the decoder, bit for bit.
+    Not in the paper, both off by default: beside, an encoder's token begins with the tokens before and behind it too; scaled, a
+    layer's contribution is also multiplied with a number that `Retro.begin` sets to the size of the stream it is added to."""
 
     m: int = 64
     layers: tuple[int, ...] = ()
@@ -49,6 +51,8 @@ class RetroConfig:
     theta: float = 10000.0
     eps: float = 1e-6
     bias: bool = False  # of the output projections
+    beside: bool = False
+    scaled: bool = False
 
     def __post_init__(self):
         for name in ("m", "width", "depth", "heads", "mlp", "cross_heads", "cross_size"):
@@ -178,6 +182,7 @@ class Encoder(nn.Module):
     def __init__(self, c: RetroConfig, decoder: int):
         super().__init__()
         self.config = c
+        self.before, self.behind = (nn.Linear(c.width, c.width, bias=False) if c.beside else None for _ in range(2))
         self.chunk = nn.RMSNorm(decoder, c.eps)  # H_u grows with depth, and with the model it comes from
         self.blocks = nn.ModuleList(EncoderBlock(c, decoder, p in c.enc_layers) for p in range(1, c.depth + 1))
         self.out = nn.RMSNorm(c.width, c.eps)
@@ -188,11 +193,19 @@ class Encoder(nn.Module):
         tokens, chunk = encoder_positions(e_NKRC.shape[2], c.m)
         own, theirs = (turns(p, c.width // c.heads, c.theta, e_NKRC.device) for p in (tokens, chunk))
         if mask_NKR is not None:  # a neighbour that is not there looks at itself: a softmax over nothing may be nan
-            mask_NKR = mask_NKR | ~mask_NKR.any(-1, keepdim=True)
+            there_NKR, mask_NKR = mask_NKR, mask_NKR | ~mask_NKR.any(-1, keepdim=True)
+        if self.before is not None:
+            e_NKRC = self.beside(e_NKRC if mask_NKR is None else e_NKRC * there_NKR[..., None])
         h_NmD = self.chunk(h_NmD)
         for block in self.blocks:
             e_NKRC = block(e_NKRC, h_NmD, own, theirs, mask_NKR)
         return self.out(e_NKRC)
+
+    def beside(self, e_NKRC: Tensor) -> Tensor:
+        """Each token with what stands before and behind it in the same neighbour. An attention that finds a token then finds what
+        followed it there in the same place: one step of copying instead of two (the smeared keys of Olsson et al. 2022)."""
+        before, behind = F.pad(e_NKRC[..., :-1, :], (0, 0, 1, 0)), F.pad(e_NKRC[..., 1:, :], (0, 0, 0, 1))
+        return e_NKRC + self.before(before) + self.behind(behind)
 
 
 # ---- chunked cross-attention ---------------------------------------------------------------------------------------------
@@ -207,6 +220,7 @@ class ChunkedCrossAttention(nn.Module):
         self.norm = nn.RMSNorm(decoder, c.eps)
         self.attention = Attention(decoder, c.width, c.cross_heads, c.cross_size, c.bias)
         self.gate = nn.Parameter(torch.zeros(())) if c.gate == "tanh" else None
+        self.scale = nn.Parameter(torch.ones(())) if c.scaled else None
 
     def keys(self, e_NKRC: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the chunk's neighbours, each [N, H, S, E]."""
@@ -221,7 +235,8 @@ class ChunkedCrossAttention(nn.Module):
         cos_mE, sin_mE = self._turns(0, 0, q_NTX.device)
         rotary = (cos_mE, sin_mE) if rows_NT is None else (cos_mE[rows_NT][:, None, None], sin_mE[rows_NT][:, None, None])
         y_NTD = self.attention.read(q_NTX[:, None], rotary, kv, visible_NS)[:, 0]
-        return y_NTD if self.gate is None else y_NTD * self.gate.tanh()
+        y_NTD = y_NTD if self.gate is None else y_NTD * self.gate.tanh()
+        return y_NTD if self.scale is None else y_NTD * self.scale
 
     def _turns(self, side: int, r: int, device: torch.device) -> tuple[Tensor, Tensor]:
         return turns(cross_positions(self.config.m, r)[side], self.config.cross_size, self.config.theta, device)
@@ -240,6 +255,9 @@ class Adapter(nn.Module):
         self.encoder = Encoder(c, decoder)
         self.cross = nn.ModuleDict({str(p): ChunkedCrossAttention(c, decoder) for p in layers})
         self.apply(self._init)
+        for block in self.encoder.blocks:  # each begins as the identity
+            for part in (block.attention.o, block.mlp.down, *(() if block.cross is None else (block.cross.o,))):
+                nn.init.zeros_(part.weight)
         if c.gate == "zero":
             for cross in self.cross.values():
                 nn.init.zeros_(cross.attention.o.weight)

@@ -115,7 +115,7 @@ def test_another_decoder_is_refused(hf, tmp_path):
     lm = fitted(hf)
     save(lm, tmp_path / "a", Base.of(lm))
     other = HF(tiny.make(load(hf).config.model_type, seed=1), tiny.tokenizer(), window=64)
-    with pytest.raises(FingerprintError, match="was made around .* give the decoder it was trained with"):
+    with pytest.raises(FingerprintError, match=r"was made around .* give the decoder it was trained with"):
         retro_files.load(tmp_path / "a", base=other)
     with pytest.raises(FingerprintError, match="in the same precision"):
         retro_files.load(tmp_path / "a", base=HF(hf.removeprefix("hf:"), dtype="bf16"))
