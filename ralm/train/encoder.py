@@ -13,7 +13,8 @@ import copy
 import importlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dr
 class Encoder:
     model: str = "minilm"
     random: bool = False  # the same shape, untrained
-    layers: int = 0  # with random: of the transformer; 0: as many as the model has
+    layers: int = 0  # of the transformer: its first so many; 0: as many as the model has
     tokens: int = 256
     separate: bool = False  # one encoder for queries and one for passages, as DPR
     dropout: float = -1.0  # below 0: as the model has it
@@ -104,7 +105,8 @@ class Trainable:
         part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        self.model.save_pretrained(str(part), create_model_card=False)
+        with _quiet():
+            self.model.save_pretrained(str(part), create_model_card=False)
         (part / "train_results.json").write_text(json.dumps(trained, indent=1) + "\n")  # a name that fingerprints leave out
         (part / "README.md").write_text(card)
         if folder.exists():
@@ -116,22 +118,19 @@ class Trainable:
 def network(wish: Encoder) -> Any:
     """The sentence-transformers model that is wished for, ending in vectors of length one. Raises UsageError for what is none."""
     package = need("sentence_transformers", "training an encoder", "lm")
-    from transformers.utils import logging
-
     found = encoder(wish.model)
     if not isinstance(found, Sentences):
         raise UsageError(f"'{wish.model}' is no transformer that can be trained; use minilm, st:NAME or a folder")
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with _quiet():
         model = package.SentenceTransformer(str(found.folder), local_files_only=True, trust_remote_code=False, device="cpu",
                                             model_kwargs={"use_safetensors": True})
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    _changed(model[0], wish)
-    model.max_seq_length = min(wish.tokens, model.max_seq_length or wish.tokens)
     modules, parts = list(model), _parts()
+    for inner in model.modules():
+        if hasattr(inner, "auto_model"):
+            _changed(inner, wish)
+            inner.max_seq_length = min(wish.tokens, inner.max_seq_length or wish.tokens)
+    if isinstance(modules[0], parts.Router):  # two encoders already
+        return model
     if not isinstance(modules[-1], parts.Normalize):
         modules.append(parts.Normalize())
     if wish.separate:
@@ -139,6 +138,20 @@ def network(wish: Encoder) -> Any:
     if modules == list(model):
         return model
     return package.SentenceTransformer(modules=modules, prompts=model.prompts, device="cpu")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bars: a library does not talk."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _parts() -> Any:
@@ -150,19 +163,20 @@ def _parts() -> Any:
 
 
 def _changed(inner: Any, wish: Encoder) -> None:
-    """Other dropout, or the same shape with random weights."""
+    """Other dropout, fewer layers, or the same shape with random weights."""
     from transformers import AutoModel
 
-    if wish.layers and not wish.random:
-        raise UsageError("[encoder] layers belongs to random = true; a trained model has the layers it has")
-    if not wish.random and wish.dropout < 0:
+    if not (wish.random or wish.layers) and wish.dropout < 0:
         return
     config, trained = copy.deepcopy(inner.auto_model.config), inner.auto_model.state_dict()
+    if not wish.random and wish.layers > config.num_hidden_layers:
+        raise UsageError(f"[encoder] layers = {wish.layers}, but the trained model has {config.num_hidden_layers}; random = true "
+                         "makes as many as are asked for")
     for key in DROPOUTS if wish.dropout >= 0 else ():
         if hasattr(config, key):
             setattr(config, key, wish.dropout)
-    if wish.random:
-        config.num_hidden_layers = wish.layers or config.num_hidden_layers
+    config.num_hidden_layers = wish.layers or config.num_hidden_layers
     inner.model = AutoModel.from_config(config)
     if not wish.random:
-        inner.model.load_state_dict(trained)
+        wanted = inner.model.state_dict()
+        inner.model.load_state_dict({n: t for n, t in trained.items() if n in wanted})

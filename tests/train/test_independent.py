@@ -212,8 +212,28 @@ def test_random_weights_and_shapes(sentences):
     assert own is not trained.model and all(a is not b for a, b in zip(own.parameters(), trained.model.parameters()))
 
 
+def test_first_layers_of_a_trained_model(sentences):
+    whole, first = Trainable(Encoder(str(sentences)), CPU), Trainable(Encoder(str(sentences), layers=1), CPU)
+    theirs, mine = dict(whole.model.named_parameters()), dict(first.model.named_parameters())
+    assert len(mine) < len(theirs) and all(torch.equal(p, theirs[n]) for n, p in mine.items())
+
+
+def test_two_encoders_are_written_and_read_as_they_are(sentences, tmp_path):
+    two = Trainable(Encoder(str(sentences), separate=True), CPU)
+    with torch.no_grad():
+        for n, p in two.model.named_parameters():
+            if ".query." in n:
+                p.add_(0.05 * torch.randn_like(p))
+    two.save(tmp_path / "two", {}, "")
+    for wish in (Encoder(str(tmp_path / "two"), separate=True, tokens=9), Encoder(str(tmp_path / "two"))):
+        again = Trainable(wish, CPU)
+        assert [n for n, _ in again.model.named_parameters()] == [n for n, _ in two.model.named_parameters()]
+        for role in ("query", "passage"):
+            np.testing.assert_array_equal(again.many(["the cat"], role), two.many(["the cat"], role))
+
+
 @pytest.mark.parametrize(("table", "change", "says"), [
-    ("encoder", {"layers": 2}, "random = true"), ("encoder", {"model": "static"}, "no transformer"),
+    ("encoder", {"layers": 3}, "random = true"), ("encoder", {"model": "static"}, "no transformer"),
     ("encoder", {"modle": "x"}, "Did you mean 'model'"), ("loss", {"hard": "one"}, "expected int"),
     ("train", {"batch": 99}, "80 pairs")])
 def test_recipes_that_cannot_be(sentences, people_data, tmp_path, table, change, says):
