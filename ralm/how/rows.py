@@ -76,7 +76,16 @@ class Beside:
 
 def _asked(key: str | None, neighbours: Neighbours | None) -> dict[str, Any]:
     """Arguments of `forward` that not every model knows."""
+    key = None if key is None else key.removesuffix("+z")
     return {name: value for name, value in (("key", key), ("neighbours", neighbours)) if value is not None}
+
+
+def _state(out: LMOut, key: str | None) -> Tensor | None:
+    """The state asked for [B, T', D]. KEY+z: with ln sum exp of the logits behind it [B, T', D + 1], which a softmax over more than
+    the vocabulary needs (how/joint.py) and log-probabilities no longer tell."""
+    if key is None or not key.endswith("+z"):
+        return out.key
+    return torch.cat([out.key, torch.logsumexp(out.logits.float(), -1, keepdim=True)], -1)
 
 
 def logp_rows(lm: LanguageModel, rows: Sequence[Sequence[int]], starts: Sequence[int],
@@ -215,8 +224,8 @@ def _forward(lm: LanguageModel, rows: Sequence[Sequence[int]], starts: Sequence[
     neighbours = None if beside is None else beside.piece(rows, [0] * len(rows))
     with torch.no_grad():
         out = lm.forward(ids_BL, mask=mask_BL, keep=max(wanted), **_asked(key, neighbours))
-        logp_BSV = torch.log_softmax(out.logits.float(), -1)
-    read = [(logp_BSV[b, logp_BSV.shape[1] - n:], None if key is None else out.key[b, out.key.shape[1] - n:])
+        logp_BSV, state = torch.log_softmax(out.logits.float(), -1), _state(out, key)
+    read = [(logp_BSV[b, logp_BSV.shape[1] - n:], None if key is None else state[b, state.shape[1] - n:])
             for b, n in enumerate(wanted)]
     return read, out, mask_BL
 
@@ -284,6 +293,7 @@ class PrefixCache:
         self.seen: list[_Seen] = []  # latest first
         self.passages: dict[Any, dict[int, list[int]]] = {}  # tokens of passages, see how/input.py
         self.pointers: OrderedDict[tuple[int, ...], Any] = OrderedDict()  # rows a text came from, see how/automaton.py
+        self.local: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()  # states of rows' own tokens, see how/joint.py
         self.prefills = self.steps = 0  # counted so that tests and benchmarks can see reuse happen
 
     def forward(self, *args, **kwargs) -> LMOut:
@@ -343,9 +353,9 @@ class PrefixCache:
         neighbours = None if beside is None else beside.piece(rows, [len(r) - grown for r in rows])
         with torch.no_grad():
             out = self.lm.forward(new_BT, past=seen.past, mask=seen.mask, keep=min(grown, wanted), **_asked(seen.key, neighbours))
-            logp_BSV = torch.log_softmax(out.logits.float(), -1)
+            logp_BSV, state = torch.log_softmax(out.logits.float(), -1), _state(out, seen.key)
         seen.rows, seen.past, seen.beside = rows, out.past, beside
-        new = [(logp_BSV[b], None if seen.key is None else out.key[b]) for b in range(len(rows))]
+        new = [(logp_BSV[b], None if seen.key is None else state[b]) for b in range(len(rows))]
         seen.tail = new if wanted <= grown else [
             tuple(None if a is None else torch.cat([a, b]) for a, b in zip(old, more)) for old, more in zip(seen.tail, new)]
 

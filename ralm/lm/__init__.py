@@ -1,7 +1,7 @@
 """WHO SPEAKS: language models by spec string. Nothing heavy is imported before a model is asked for.
 
-`bundled:base`, `bundled:reader`, `hf:NAME_OR_FOLDER,dtype=bf16,device=cuda`, `retro:FOLDER,device=cuda` (a RETRO that
-`ralm train` made), `remote:URL#NAME,timeout=120`."""
+`bundled:base`, `bundled:reader`, `hf:NAME_OR_FOLDER,dtype=bf16,device=cuda`, `gpt:FOLDER,device=cuda` and
+`retro:FOLDER,device=cuda` (a decoder, and a RETRO, that `ralm train` made), `remote:URL#NAME,timeout=120`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BUNDLED = ("base", "reader")
 
 def load(spec: str) -> LanguageModel:
     """The model a spec names. Raises UsageError for unknown names and options, and what the model itself raises."""
-    return make("language model", spec, {"bundled": _bundled, "hf": _hf, "retro": _retro, "remote": _remote})
+    return make("language model", spec, {"bundled": _bundled, "gpt": _gpt, "hf": _hf, "retro": _retro, "remote": _remote})
 
 
 def _bundled(name: str = "") -> Any:
@@ -32,6 +32,14 @@ def _bundled(name: str = "") -> Any:
 
         return Reader.load("bundled:reader")
     raise unknown("bundled model", str(name), BUNDLED)
+
+
+def _gpt(folder: str = "", device: str = "cpu") -> Any:
+    if folder == "":
+        raise UsageError("'gpt' names no model; write gpt:FOLDER")
+    from ralm.lm.gpt import load as load_gpt
+
+    return load_gpt(Path(str(folder)), device=str(device))
 
 
 def _hf(name: str = "", dtype: str = "fp32", device: str = "cpu", revision: str | None = None,
