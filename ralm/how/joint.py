@@ -27,7 +27,6 @@ from ralm.registry import real, whole
 from ralm.types import Fusion, LanguageModel, Segment
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from ralm.what.token_store import Neighbours, TokenStore
@@ -71,8 +70,8 @@ class Joint(AtOutput):
         """The same; raises UsageError for a token store of another key, or of distances."""
         made = tokens.settings
         if self.k and (made["key"] != self.key or made["metric"] != "ip"):
-            raise UsageError(f"trime compares {self.key} by inner product, token store '{tokens.name}' has {made['key']} and metric "
-                             f"{made['metric']}; make one with ralm tokens … --metric ip, and give its key (key={made['key']})")
+            raise UsageError(f"trime compares {self.key} by inner product, token store '{tokens.name}' has {made['key']} and "
+                             f"metric {made['metric']}; make one with ralm tokens … --metric ip, and give its key (key={made['key']})")
         return replace(self, width=made["width"]) if self.k else self
 
     # ---- the contract -----------------------------------------------------------------------------------------------

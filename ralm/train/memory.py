@@ -58,7 +58,7 @@ def memory_nll(scores_NM: Tensor, positive_NM: Tensor, seen_NM: Tensor, logits_N
         L_i = -ln  (exp l_i,y + sum_{j right} exp s_ij) / (sum_v exp l_iv + sum_{j seen} exp s_ij)
 
     With logits l: TRIME (Zhong et al. 2022, eq. 2; right = the same next word). Without: NPM (Min et al. 2023, eq. 3; right = the
-    same phrase in another sequence), where a row without anything right is +inf and without gradient. positive counts where seen."""
+    same phrase in another sequence), where a row without anything right is +inf, without gradient. positive counts where seen."""
     s_NM = scores_NM.masked_fill(~seen_NM, -math.inf)
     right_NM = s_NM.masked_fill(~positive_NM, -math.inf)
     if logits_NV is not None:

@@ -24,7 +24,8 @@ from ralm.what.datastore import Datastore  # noqa: E402
 from ralm.what.token_store import TokenStore  # noqa: E402
 
 TEXT = "The lighthouse of Brennick was built by Maria Holt on granite, and the granite reef was built by snow."
-FUSIONS = ("trime:k=9,temperature=2", "trime:k=400", "trime:k=0", "trime:k=7,local=false", "trime:k=0+knn:k=9,lam=0.3,temperature=20")
+FUSIONS = ("trime:k=9,temperature=2", "trime:k=400", "trime:k=0", "trime:k=7,local=false",
+           "trime:k=0+knn:k=9,lam=0.3,temperature=20")
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +112,9 @@ def test_forgetting_is_exact(tmp_path, lm):
 
 def test_explanations_name_the_documents(lm, tokens):
     made = RALM(lm, how="trime:k=6", tokens=tokens).explain(TEXT[:60])
-    assert made.documents and all(0 <= share for share in made.documents.values())
+    assert made.documents and all(share >= 0 for share in made.documents.values())
     assert sum(len(x) for x in made.neighbours) > 20 and np.nanmax(made.p_knn) <= 1 + 1e-6
-    shares = np.nansum([v for v in made.documents.values()])
-    assert 0 < shares < len(made.logp)
+    assert 0 < sum(made.documents.values()) < len(made.logp)
 
 
 def test_what_does_not_fit_is_refused(store, lm, bm25, tokens):

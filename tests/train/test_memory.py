@@ -49,6 +49,7 @@ def test_it_is_the_equation(seen):
     """Sums of exponentials in a loop."""
     hidden, weight, targets, query, keys, values = parts(seed=3)
     loss, told = joint_loss(hidden, weight, targets, query, keys, values, seen)
+    hidden, weight, query, keys = (x.detach() for x in (hidden, weight, query, keys))
     wanted, covered, shares, own = [], [], [], []
     for i, y in enumerate(targets.tolist()):
         e = [math.exp(float(hidden[i] @ w)) for w in weight]
@@ -78,7 +79,7 @@ def test_no_memory_is_cross_entropy_and_a_perfect_one_is_nearly_certain():
     loud = 40 * torch.eye(9, dtype=torch.double)[targets]
     loss, told = joint_loss(hidden, weight, targets, loud, loud, targets, Seen("external", 0, 1))
     assert told["covered"] == pytest.approx((targets[:, None] == targets).sum(1).gt(1).double().mean().item())
-    assert told["share"] > 0.9 and float(loss) < told["own"]
+    assert told["share"] > 0.99 * told["covered"] > 0 and float(loss) < told["own"]
 
 
 def test_without_vocabulary_nothing_right_is_infinite_without_gradient():
