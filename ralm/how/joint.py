@@ -71,7 +71,7 @@ class Joint(AtOutput):
         made = tokens.settings
         if self.k and (made["key"] != self.key or made["metric"] != "ip"):
             raise UsageError(f"trime compares {self.key} by inner product, token store '{tokens.name}' has {made['key']} and "
-                             f"metric {made['metric']}; make one with ralm tokens … --metric ip, and give its key (key={made['key']})")
+                             f"metric {made['metric']}; make one with ralm tokens … --metric ip, key={made['key']})")
         return replace(self, width=made["width"]) if self.k else self
 
     # ---- the contract -----------------------------------------------------------------------------------------------

@@ -86,13 +86,14 @@ class JointLoss(torch.autograd.Function):
                 h_CD, q_CD, y_C1 = hidden_ND[rows], query_ND[rows], targets_N[rows, None]
                 s_CM = (q_CD @ keys_MD.T) * scale
                 s_CM = s_CM.masked_fill_(~seen.mask(rows, len(values_M), s_CM.device), -math.inf)
-                p_CA = torch.softmax(torch.cat([h_CD @ weight_VD.T, s_CM], 1), 1)  # A = V + M: one softmax over both
+                l_CV = h_CD @ weight_VD.T
+                own_C1 = torch.logsumexp(l_CV, 1, keepdim=True) - l_CV.gather(1, y_C1)
+                p_CA = torch.softmax(torch.cat([l_CV, s_CM], 1), 1)  # A = V + M: one softmax over both
                 same_CM = values_M == y_C1
                 right_C1 = p_CA[:, :V].gather(1, y_C1) + (p_CA[:, V:] * same_CM).sum(1, keepdim=True)
                 right_C1 = right_C1.clamp_(min=1e-38)
                 share_C1 = p_CA[:, V:].sum(1, keepdim=True)
-                own_C1 = p_CA[:, :V].gather(1, y_C1).clamp_(min=1e-38) / (1 - share_C1).clamp_(min=1e-38)
-                told += torch.stack([-right_C1.log().sum(), -own_C1.log().sum(), share_C1.sum(),
+                told += torch.stack([-right_C1.log().sum(), own_C1.sum(), share_C1.sum(),
                                      (same_CM & (s_CM > -math.inf)).any(1).sum().to(told.dtype)])
                 # d loss / d score = p - p given that it is right
                 d_CA = p_CA.clone()
