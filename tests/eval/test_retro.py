@@ -79,6 +79,33 @@ def test_what_is_held_out_does_not_find_its_copy(data, recipe, tmp_path):
     assert [r["nats"] for r in leaked["rows"]] != [r["nats"] for r in on["rows"]]
 
 
+def test_comparison_tells_overlap_and_evidence(data, recipe, model, tmp_path):
+    """Beside kNN-LM on the same datastore; a model with another tokenizer has no part in the curve."""
+    from ralm.app import comparing, options
+    from ralm.app.parts import Parts
+    from ralm.what.datastore import Datastore
+    from ralm.what.neighbours import NeighbourStore
+    from ralm.what.token_store import TokenStore
+
+    stored, held = documents(recipe, data)
+    kb, parts = Datastore.build(tmp_path / "kb", stored), Parts(tmp_path / "kb", retriever="bm25")
+    base, lm = parts.model("bundled:base"), parts.model(model)
+    NeighbourStore.build(kb, lm, retriever="bm25")
+    TokenStore.build(kb, base)  # its decoder's, so it is its own too
+    named = options.systems(["none@bundled:base,retro:k=2,retro:k=2+knn:k=8,lam=0.5,temperature=20,none"], model)
+    got = comparing.compared(parts, named, held, "once", None, None, None, True, None)
+    first, on, both, off = got["systems"]
+    assert off["ppl"] == first["ppl"] != on["ppl"] and both["ppl"] < on["ppl"]
+    assert got["overlap"]["m"] == 8 and got["overlap"]["chunks"] == sum(-(-r["tokens"] // 8) for r in on["rows"])
+    assert got["overlap"]["retriever"] == "bm25" and 0 < got["overlap"]["copied"] <= 1
+    for r in got["systems"]:
+        assert [p["chunks"] for p in r["curve"]] == [p["chunks"] for p in first["curve"]]
+        assert r["curve"][-1]["bits_per_byte"] == pytest.approx(r["bits_per_byte"]) and sum(r["rows"][0]["chunk_nats"]) > 0
+    assert all(kb.has(d) for r in (on, both) for e in r["evidence"] for d in e["documents"]) and both["evidence"]
+    told = "\n".join(comparing.lines(got))
+    assert "the longest common run is" in told and "(their share of the bytes)" in told and "saves" in told
+
+
 def test_expectations_can_be_missed(data, recipe, tmp_path):
     runs = [{"how": "none", "nats": 0.0}, {"how": "none", "nats": 0.0, "tolerance": 100.0}]
     rows = retro.run(recipe | {"run": runs}, data, tmp_path)
