@@ -1,8 +1,12 @@
 """Provenance: which rows of the datastore moved which token, for every architecture.
 
-Passages move the tokens while they are in force: what they moved (ln p of the system less ln p of the model alone) is shared among
-them by their weights. Neighbours (kNN-LM) move one token each: those whose value is the token supply lam x weight of its
-probability, the others take some away."""
+Passages and the neighbours of chunks (RETRO) move the tokens while they are in force: what they moved (ln p of the system less ln p
+of the model alone, L_OFF - L_ON) is shared among them by their weights, equally where they have none. What RETRO reads also acts on
+later tokens, through the model's own attention: that is counted for what is in force there. Beside it stands what is certain, the
+runs of tokens that a neighbour in force holds too (how/copied.py).
+
+Neighbours of tokens (kNN-LM) move one token each: those whose value is the token supply lam x weight of its probability, the others
+take some away."""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ from ralm.types import Evidence, Scored
 
 if TYPE_CHECKING:
     from ralm.model import RALM
+    from ralm.run import Run
 
 LEFT = 12  # tokens shown before a neighbour's
 
@@ -36,6 +41,18 @@ class Neighbour:
     matches: bool  # whether the token is the one that was scored
 
 
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """The longest run of `tokens` tokens that ends with this one and stands in a neighbour in force: characters [start, end) of its
+    document. A run may begin before the chunk whose neighbours these are, and in the prompt."""
+
+    tokens: int
+    document: str
+    start: int
+    end: int
+    chunk: int  # the neighbour; the run may stand in what follows it
+
+
 @dataclass(frozen=True)
 class Provenance:
     """What retrieval changed. documents[id]: by passages, the nats they moved; by neighbours, the share of the text's tokens (each
@@ -50,6 +67,8 @@ class Provenance:
     p_knn: np.ndarray | None = None  # float64 [T]: the neighbours' probability of the token, nan where none were looked for
     neighbours: list[list[Neighbour]] = field(default_factory=list)  # per token, the heaviest ones
     convention: Mapping[str, Any] = field(default_factory=dict)  # of the system's scoring (as Scored.convention)
+    under: np.ndarray | None = None  # int64 [T]: which of `evidence` is in force (as Scored.under)
+    copied: list[Copy | None] | None = None  # per token, where the system reads neighbours of chunks
 
     @staticmethod
     def of(ralm: RALM, text: str, most: int = 8, **settings: Any) -> Provenance:
@@ -65,19 +84,71 @@ class Provenance:
                                                             stride=system.convention["stride"])
         pieces = _pieces(ralm.lm.tokenizer, text, system.tokens.tolist())
         made = Provenance(pieces, alone.logp, system.logp, system.at, system.evidence, _moved(ralm, system, alone),
-                          convention=system.convention)
+                          convention=system.convention, under=system.under)
+        if innermost(ralm.how).how == "intermediate":
+            made = replace(made, copied=_copies(ralm, run, system))
         return made if asking(ralm.how, "tokens") is None else _with_neighbours(made, ralm, run, system, most)
+
+    @property
+    def gain(self) -> np.ndarray:
+        """float64 [T]: nats that retrieval saved at each token."""
+        return self.logp - self.logp_lm
+
+    def copies(self, least: int = 2) -> list[tuple[int, Copy]]:
+        """(last token, run) of the copied runs that the next token does not carry on, in the order of the text."""
+        from ralm.how.copied import longest
+
+        found = self.copied or []
+        ends = longest(np.array([0 if c is None else c.tokens for c in found]), self.under, least)
+        return [(t, found[t]) for t, _ in ends]
 
 
 def _moved(ralm: RALM, system: Scored, alone: Scored) -> dict[str, float]:
-    """Nats moved per document by passages."""
+    """Nats moved per document by passages and by neighbours of chunks."""
     moved: dict[str, float] = {}
-    for e in system.evidence:
-        gain = float((system.logp - alone.logp)[system.at == e.at].sum())
+    for i, e in enumerate(system.evidence):
+        gain = float((system.logp - alone.logp)[system.under == i].sum())
         weights = e.weights if e.weights is not None else np.full(len(e.ids), 1 / max(1, len(e.ids)))
-        for chunk, w in zip(ralm.store.chunks(e.ids.tolist()) if len(e.ids) else (), weights):
+        for chunk, w in zip(ralm.source(e).chunks(e.ids.tolist()) if len(e.ids) else (), weights):
             moved[chunk.document] = moved.get(chunk.document, 0.0) + gain * float(w)
-    return moved
+    return dict(sorted(moved.items(), key=lambda pair: -pair[1]))
+
+
+def _copies(ralm: RALM, run: Run, system: Scored) -> list[Copy | None]:
+    """Per token the longest run that ends with it and stands in a neighbour in force."""
+    from ralm.how.copied import runs
+    from ralm.when import window_of
+
+    out: list[Copy | None] = [None] * len(system.tokens)
+    ids, stored = np.array(run.ids), _Stored(ralm)
+    for i in np.unique(system.under[system.under >= 0]).tolist():
+        e, under = system.evidence[i], np.flatnonzero(system.under == i) + run.prompt
+        if not len(e.ids):
+            continue
+        context = window_of(int(under[0]), run.size, run.stride)[0]
+        found = runs(ids, int(under[0]), int(under[-1]) + 1, *ralm.neighbours.gather(e.ids), begin=context)
+        for t, (n, neighbour, last) in zip(under.tolist(), zip(*(a.tolist() for a in found))):
+            if n:
+                out[t - run.prompt] = stored.copy(int(e.ids[neighbour]), last, n)
+    return out
+
+
+class _Stored:
+    """Tokens of chunks as characters of their documents; a document is cut into tokens once."""
+
+    def __init__(self, ralm: RALM):
+        self.neighbours, self.tokenizer = ralm.neighbours, ralm.lm.tokenizer
+        self.seen: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = {}
+
+    def copy(self, chunk: int, last: int, n: int) -> Copy:
+        """The n tokens up to the one at `last` of a chunk and what follows it."""
+        at = max(i for i, (_, offset) in enumerate(self.neighbours.leaves) if offset <= chunk)
+        (name,), first = self.neighbours.documents([chunk]), int(self.neighbours.places(np.array([chunk]))[1][0])
+        if (at, name) not in self.seen:
+            leaf, _ = self.neighbours.leaves[at]
+            self.seen[at, name] = spans(self.tokenizer, leaf.store.document(name).text)[1:]
+        starts, ends = self.seen[at, name]
+        return Copy(n, name, int(starts[first + last - n + 1]), int(ends[first + last]), chunk)
 
 
 def _pieces(tokenizer: Any, text: str, ids: Sequence[int]) -> list[str]:

@@ -73,3 +73,25 @@ def bm25(store):
     from ralm.index import retriever
 
     return retriever("bm25", store)
+
+
+@pytest.fixture(scope="session")
+def retro(tiny):
+    """A tiny Llama that reads neighbours of chunks of 6 tokens, with random weights under which each of them matters."""
+    from ralm.lm.hf import HF
+    from ralm.lm.retro import Retro, RetroConfig
+
+    made = module(Path(__file__).parent / "lm" / "tiny_retro.py")
+    shape = made.SHAPE | dict(m=6, layers=(1, 2))
+    lm = Retro(HF(tiny.make("llama"), tiny.tokenizer(), window=64), RetroConfig(gate="none", **shape))
+    made.loud(lm.adapter, 1)
+    lm.model.requires_grad_(False)
+    return lm
+
+
+@pytest.fixture(scope="session")
+def neighbours(store, retro):
+    """The chunks of the ten documents, found by their words; those of the two that were removed stand between."""
+    from ralm.what.neighbours import NeighbourStore
+
+    return NeighbourStore.build(store, retro, retriever="bm25")

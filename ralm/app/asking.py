@@ -162,9 +162,9 @@ def generate(store: StoreArg, /, *prompt: Words, lm: LM = "bundled:base", how: H
              out: Output = Output()) -> None:  # noqa: B008
     """Continue a prompt; the text streams to stdout as it is drawn, what was retrieved is told on stderr.
 
-    JSON, one object at the end: text, tokens, reason (eos, length, stop), logp (sum of ln p), evidence [{at, query, passages}],
-    citations [{number, document, start, end, quote, score, title, source, chunk}], seconds; prompt, lm, how, when, retriever,
-    token_store, neighbours, version."""
+    JSON, one object at the end: text, tokens, reason (eos, length, stop), logp (sum of ln p), evidence [{at, query, kind,
+    passages}], citations [{number, document, start, end, quote, score, title, source, chunk}], seconds; prompt, lm, how, when,
+    retriever, token_store, neighbours, version."""
     text = said("prompt", " ".join(prompt))
     positive("--max-tokens", max_tokens)
     guesses = _guesses(speculate)
@@ -195,7 +195,8 @@ def _drain(events: Iterator[Any], echo: bool) -> dict[str, Any]:
     done = None
     for event in events:
         if event.kind == "retrieved":
-            evidence.append({"at": event.at, "query": event.query, "passages": [cited(c) for c in event.passages]})
+            evidence.append({"at": event.at, "query": event.query, "kind": event.what,
+                             "passages": [cited(c) for c in event.passages]})
         elif event.kind == "token":
             logp += event.logp
             if echo:

@@ -25,6 +25,7 @@ main { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap:
 aside { position: sticky; top: 1rem; border: 1px solid var(--line); border-radius: 6px; padding: .5rem 1rem 1rem; min-height: 12rem;
   max-height: calc(100vh - 4rem); overflow: auto; }
 ol { padding-left: 1.4rem; } li { margin-bottom: .5rem; }
+#text span.copied { text-decoration: underline 2px; text-underline-offset: 3px; }
 .left { opacity: .75; } .same { font-weight: bold; text-decoration: underline; } .where { font-size: .85rem; opacity: .8; }
 table { border-collapse: collapse; } td, th { text-align: left; padding: .1rem .8rem .1rem 0; } td.n { text-align: right; }
 footer { margin-top: 2rem; font-size: .8rem; opacity: .8; overflow-wrap: anywhere; }
@@ -41,6 +42,7 @@ const colour = g => Math.abs(g) < 0.01 ? "" : `rgba(var(--${g > 0 ? "up" : "down
 let now = 0, held = false;
 const spans = data.tokens.map((t, i) => {
   const s = make(text, "span", t.text); s.style.background = colour(t.gain); s.tabIndex = i ? -1 : 0;
+  if (t.copied && t.copied.tokens > 2) s.classList.add("copied");
   s.setAttribute("role", "option"); s.setAttribute("aria-selected", i === 0);
   s.addEventListener("mouseenter", () => { if (!held) show(i); });
   s.addEventListener("click", () => { held = held && now === i ? false : true; show(i); s.focus(); });
@@ -60,11 +62,13 @@ function show(i) {
     make(li, "span", n.target, n.target === t.text ? "same" : "");
     const how = `weight ${n.weight.toFixed(3)}, distance ${n.distance.toFixed(1)}`;
     make(li, "div", `${n.document}, character ${n.start}; ${how}`, "where"); }
-  for (const e of data.evidence || []) if (e.first <= i && i < e.stop) {
-    make(panel, "h2", "Passages in force"); const ol = make(panel, "ol", "");
+  if (t.copied) make(panel, "p", `Copied: ${t.copied.tokens} token(s) up to here stand in ${t.copied.document}, characters ` +
+    `${t.copied.start}\u2013${t.copied.end}`);
+  for (const e of data.evidence || []) if (e.first <= i && i < e.stop && e.passages.length) {
+    make(panel, "h2", e.kind === "neighbours" ? "Neighbours in force" : "Passages in force"); const ol = make(panel, "ol", "");
     for (const c of e.passages) { const li = make(ol, "li", ""); make(li, "span", c.quote, "left");
       make(li, "div", `${c.title || c.document}, ${c.document} ${c.start}\\u2013${c.end}`, "where"); } }
-  if (panel.children.length === 2 && !t.neighbours.length) make(panel, "p", "Nothing was retrieved for this token."); }
+  if (panel.children.length === 2) make(panel, "p", "Nothing was retrieved for this token."); }
 text.addEventListener("keydown", e => {
   const to = { ArrowRight: now + 1, ArrowLeft: now - 1, ArrowDown: now + 10, ArrowUp: now - 10, Home: 0,
     End: spans.length - 1 }[e.key];

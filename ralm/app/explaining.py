@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from ralm.model import RALM
     from ralm.provenance import Provenance
 
-SHOWN = 12  # tokens and documents that are listed where text is printed
+SHOWN = 12  # tokens, runs and documents that are listed where text is printed
+LEAST = 3  # tokens of a run that is listed
 
 
 def explain(store: StoreArg, /, *text: Words, lm: LM = "bundled:base", how: HowArg = "knn", when: WhenArg = "once",
@@ -38,15 +40,19 @@ def explain(store: StoreArg, /, *text: Words, lm: LM = "bundled:base", how: HowA
             html: Annotated[Path | None, Parameter(help="Also write a page to read in a browser; it needs no network.")] = None,
             out: Output = Output()) -> None:  # noqa: B008
     """Each token's probability by the model alone and with what was retrieved, and what moved it: with --how knn the tokens of the
-    datastore whose contexts were most alike, with prepend and ensemble the passages in force.
+    datastore whose contexts were most alike, with prepend and ensemble the passages in force, with retro the neighbours of the
+    chunk in force and what was copied from them.
 
     JSON: tokens [{text, p_lm, p_knn, p, neighbours [{left, target, document, start, distance, weight}]}], documents {id: weight},
-    convention; with passages, evidence [{first, stop, query, passages}]. target is at character start of the stored document. A
-    document's weight is the number of tokens whose probability it supplied; with passages, the nats they moved."""
+    convention; with passages and with retro, evidence [{first, stop, query, kind, passages}]: the tokens [first, stop) under it.
+    target is at character start of the stored document. A document's weight is the number of tokens whose probability it supplied;
+    with passages and retro, the nats they moved. With retro, tokens have copied (null, or the longest run that ends there and
+    stands in a neighbour: {tokens, document, chunk, start, end}), and copies lists such runs [{first, stop, nats, ...}]."""
     from ralm.how import fusion
 
     if fusion(how).how == "none":
-        raise UsageError(f"with --how {how} nothing is retrieved, so there is nothing to explain; use --how knn or --how prepend")
+        raise UsageError(f"with --how {how} nothing is retrieved, so there is nothing to explain; use --how knn, prepend or "
+                         "retro")
     positive("--neighbours", neighbours)
     positive("--window", window)
     positive("--stride", stride)
@@ -100,19 +106,24 @@ def as_json(system: RALM, made: Provenance) -> dict[str, Any]:
                              "weight": n.weight} for n in some]}
             for text, a, b, c, some in zip(made.tokens, np.exp(made.logp_lm), p_knn, np.exp(made.logp), near)]
     data = {"tokens": rows, "documents": made.documents, "convention": made.convention}
+    if made.copied is not None:
+        for row, copy in zip(rows, made.copied):
+            row["copied"] = copy and asdict(copy)
+        data["copies"] = [{"first": max(0, t + 1 - c.tokens), "stop": t + 1,
+                           "nats": float(made.gain[max(0, t + 1 - c.tokens):t + 1].sum()), **asdict(c)} for t, c in made.copies()]
     return data | ({"evidence": _evidence(system, made)} if made.convention["retriever"] else {})
 
 
 def _evidence(system: RALM, made: Provenance) -> list[dict[str, Any]]:
-    """Passages, and the tokens [first, stop) they were in force for."""
+    """Passages or neighbours of chunks, and the tokens [first, stop) they were in force for."""
     from ralm.how.cite import passages
 
     out = []
-    for e in made.evidence:
-        under = np.flatnonzero(made.at == e.at)
+    for i, e in enumerate(made.evidence):
+        under = np.flatnonzero(made.under == i)
         if len(under):
-            out.append({"first": int(under[0]), "stop": int(under[-1]) + 1, "query": e.query,
-                        "passages": [cited(c) for c in passages(system.store, e.ids, e.scores)]})
+            out.append({"first": int(under[0]), "stop": int(under[-1]) + 1, "query": e.query, "kind": e.kind,
+                        "passages": [cited(c) for c in passages(system.source(e), e.ids, e.scores)]})
     return out
 
 
@@ -143,12 +154,26 @@ def _lines(data: dict[str, Any], text: str) -> Iterator[str]:
     yield "what was moved most"
     for i in np.argsort(-np.abs(gain), kind="stable")[:SHOWN].tolist():
         yield from token_lines(data, i, gain[i])
+    yield from _copied(data, text)
     yield ""
     unit = "tokens supplied" if data["tokens"] and data["convention"].get("tokens") else "nats moved"
     rows = [[name, number(w, 3)] for name, w in list(data["documents"].items())[:SHOWN]]
     yield from table(rows, ["document", unit], right=[1]) if rows else ["no document moved anything"]
     if len(data["documents"]) > SHOWN:
         yield f"… and {len(data['documents']) - SHOWN:,} more (--json lists all)"
+
+
+def _copied(data: dict[str, Any], text: str) -> Iterator[str]:
+    """The longest runs that stand in a neighbour too, with what retrieval saved over them."""
+    found = sorted((c for c in data.get("copies", ()) if c["tokens"] >= LEAST), key=lambda c: -c["tokens"])
+    if not found:
+        return
+    yield ""
+    yield "copied spans, the longest"
+    words = [t["text"] for t in data["tokens"]]
+    rows = [[f"{c['tokens']}", f"{c['nats']:+.2f}", f"{c['document']} {c['start']}–{c['end']}",
+             _flat("".join(words[c["first"]:c["stop"]]))[-60:]] for c in found[:SHOWN]]
+    yield from table(rows, ["tokens", "nats", "document, characters", "text"], right=[0, 1])
 
 
 def token_lines(data: dict[str, Any], i: int, gain: float) -> Iterator[str]:

@@ -19,7 +19,7 @@ from ralm.eval.files import Ledger
 from ralm.eval.interval import interval
 from ralm.eval.leakage import chunk_sums
 from ralm.eval.qa import describe
-from ralm.how.output import asking
+from ralm.how.output import asking, innermost
 from ralm.types import Document
 
 if TYPE_CHECKING:
@@ -78,20 +78,23 @@ def evaluate_perplexity(ralm: RALM, texts: Iterable[Document | str | tuple[str, 
     too, `chunk_nats`.
 
     Returns {"ppl", "word_ppl", "bits_per_byte", "nats_per_token", "tokens", "words", "bytes", "documents", "intervals",
-    "excluded_documents", "retrievals", "passages_read", "passages_cut", "tokens_searched", "rows", "convention",
-    "seconds"}; retrievals count both those of passages and those of neighbours, one a token. Raises UsageError without any text or
-    for an id given twice; the error of a document that cannot be scored names it."""
+    "excluded_documents", "retrievals", "passages_read", "passages_cut", "tokens_searched", "chunks_searched", "rows",
+    "convention", "seconds"}; retrievals count those of passages, of neighbours of tokens, and of chunks. Raises UsageError without
+    any text or for an id given twice; the error of a document that cannot be scored names it."""
     began = time.perf_counter()
     documents = _documents(texts)
     if own is None or not exclude_self:
         own = own_documents(ralm.store, documents) if exclude_self and ralm.store is not None and ralm.how.how != "none" else {}
     store = ralm.store
-    searching = ralm.how.how != "none" and ralm.retriever is not None
-    of = {"lm": describe(ralm.lm), "retriever": describe(ralm.retriever) if searching else None,
+    attends = innermost(ralm.how).how == "intermediate"
+    finder = ralm.retriever if ralm.how.how != "none" and not attends else None
+    of = {"lm": describe(ralm.lm), "retriever": ralm.neighbours.retriever if attends else finder and describe(finder),
           "how": describe(ralm.how), "when": repr(ralm.when), "where": ralm.where, "window": window, "stride": stride,
           "exclude_self": exclude_self, "datastore": None if store is None else f"{store.id} version {store.version}"}
     if m is not None:
         of["chunk_nats"] = m
+    if attends:
+        of["neighbours"] = repr(ralm.neighbours)
     convention: dict[str, Any] = {}
     if ralm.tokens is not None and asking(ralm.how, "tokens") is not None:
         made = ("fingerprint", "key", "window", "stride", "project", "dtype", "metric")
@@ -121,8 +124,9 @@ def evaluate_perplexity(ralm: RALM, texts: Iterable[Document | str | tuple[str, 
             "interval": "95 % percentile bootstrap over documents, 1000 resamples"}}
 
 
-# passages: distinct per document; cut: not all of their tokens fitted into their share. Tokens whose neighbours were looked for.
-COUNTED = ("passages_read", "passages_cut", "tokens_searched")
+# passages (or neighbours of chunks): distinct per document; cut: not all of their tokens fitted into their share. Tokens and chunks
+# whose neighbours were looked for.
+COUNTED = ("passages_read", "passages_cut", "tokens_searched", "chunks_searched")
 OWN = "excluded from retrieval, as is every document with the same text"
 
 
