@@ -99,9 +99,9 @@ class Retro:
         """Give new weights a start from which they learn soon, measured on some text (a few thousand tokens).
 
         The encoder's tokens get the size of one, contributions (config.scaled) three tenths of the stream's. And the queries of
-        each layer begin as the best linear guess, from the stream, at what the encoder makes of the token just read, seen through that
-        layer's own keys: so attention looks for places where the neighbours say the same, which are worth finding. From random
-        queries a small model does not find out for hundreds of steps that there are any."""
+        each layer begin as the best linear guess, from the stream, at what the encoder makes of the token just read, seen through
+        that layer's own keys: so attention looks for places where the neighbours say the same, which are worth finding. From
+        random queries a small model does not find out for hundreds of steps that there are any."""
         if isinstance(self.adapter.embed, nn.Linear):
             self.adapter.embed.weight.div_(self.adapter.embed(self._embedding.weight[:4096].float()).square().mean().sqrt())
         blocks, reads, _ = self._between()
