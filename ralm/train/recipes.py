@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 TASKS = {  # kind: where its task is, called with (recipe, data folder, run's folder); what it trains
     "dpr": ("ralm.train.independent:DualEncoder", "a retriever, from pairs of query and passage"),
+    "ict": ("ralm.train.ict:InverseCloze", "a retriever, from sentences and their contexts"),
+    "realm": ("ralm.train.joint_async:Realm", "a retriever and a masked language model, together"),
+    "realm-qa": ("ralm.train.realm_qa:OpenQA", "a span reader and a query encoder, over passages that stay"),
+    "trime": ("ralm.train.joint_in_batch:Trime", "a decoder whose memory is the batch: its tokens' states as keys"),
     "retro": ("ralm.train.retro:Training", "a decoder that reads neighbours"),
 }
 ALONE = {  # kinds with a loop of their own, run as `python -m MODULE RECIPE`
