@@ -3,9 +3,10 @@
     python -m ralm.eval.experiment recipes/knnlm_docs.toml [--data ../shared/data] [--work FOLDER] [--plot FILE] [--json]
 
 [store] and [held] name texts: "docs" (Python's documentation and docstrings, on every machine), or files below --data. Every
-`every`th document of the source is held out where both come from one. A run with `share` reads that part of the datastore: the
-documents carry a number from 0 to 99, and the share is a filter on it. Expected figures are in nats per token of the held-out text;
-a run that misses its own by more than `tolerance` makes the command fail."""
+`every`th document of the source is held out where both come from one. Articles of the files in `spaced` are put into the typography
+of WikiText. A run with `share` reads that part of the datastore: the documents carry a number from 0 to 99, and the share is a
+filter on it. Expected figures are in nats per token of the held-out text; a run that misses its own by more than `tolerance` makes
+the command fail."""
 
 from __future__ import annotations
 
@@ -52,6 +53,13 @@ def _documents(name: str, source: dict[str, Any], data: Path) -> Iterator[Docume
         for n, article in enumerate(re.split(r"(?m)^(?= = [^=].* = $)", text)):
             if article.strip():
                 yield Document(f"{Path(name).name}#{n}", article.strip())
+        return
+    if name in source.get("spaced", ()):
+        from ralm.train.gpt_data import documents as articles
+        from ralm.train.gpt_data import spaced
+
+        for title, article in articles(file):
+            yield Document(f"{name}/{title}", spaced(title, article), title)
         return
     from ralm.what.read import read
 

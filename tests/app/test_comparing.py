@@ -78,6 +78,12 @@ def test_what_is_missing_or_wrong_is_one_line_before_any_work(ralm, shared, fold
     assert ran.code in (1, 2) and said in ran.err and ran.err.count("\n") == 1 and ran.out == ""
 
 
+def test_a_model_that_reads_no_neighbours_is_told_before_anything_is_scored(ralm, kb, folder, tiny):
+    assert ralm("neighbours", kb, "--lm", tiny, "-q").code == 0
+    ran = ralm("score", kb, folder / "moon.md", "--lm", tiny, "--compare", "none,retro", "--exclude-self")
+    assert ran.code == 2 and ran.out == "" and "neighbours" in ran.err.splitlines()[-1] and "RETRO" in ran.err.splitlines()[-1]
+
+
 def test_a_store_that_is_not_there_is_told_first(ralm, folder, tmp_path):
     for more in (["--compare", "none"], []):
         ran = ralm("score", tmp_path / "nowhere", folder / "moon.md", "--lm", "hf:nowhere-either", *more)

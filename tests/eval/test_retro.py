@@ -114,6 +114,10 @@ def test_expectations_can_be_missed(data, recipe, tmp_path):
     assert "expected 0.0000: +" in told and "as expected" in told
 
 
-def test_several_sources_are_read_one_after_the_other(data):
+def test_several_sources_are_read_one_after_the_other(data, tmp_path):
     found = list(texts({"source": ["texts.jsonl", "more.jsonl"], "documents": 2}, data))
     assert [d.id for d in found] == ["t0", "t1", "m0"]
+    row = json.dumps({"file": "a.md", "text": "Title: The_lamp\nIt burns (well-known) oil, at night."})
+    (tmp_path / "articles.jsonl.zst").write_bytes(pytest.importorskip("zstandard").compress(row.encode()))
+    (one,) = texts({"source": "articles.jsonl.zst", "spaced": ["articles.jsonl.zst"]}, tmp_path)
+    assert one.title == "The lamp" and " = The lamp = " in one.text and "well @-@ known" in one.text
