@@ -1,5 +1,5 @@
-"""The command line: names, help and exit codes. What a command does is in stores.py, indexes.py, tokens.py, asking.py,
-scoring.py, explaining.py, evaluating.py, tuning.py and doctor.py.
+"""The command line: names, help and exit codes. What a command does is in stores.py, indexes.py, tokens.py, neighbours.py,
+asking.py, scoring.py, explaining.py, evaluating.py, tuning.py and doctor.py.
 
 stdout carries the result, stderr the talk. Exit codes: 0 done, 1 it could not be done, 2 the request is wrong, 130 stopped by
 Ctrl-C. Commands load when they are used, so `ralm --help` is quick; nothing here imports torch, numpy or a table engine."""
@@ -33,6 +33,7 @@ COMMANDS = {  # where it is, what it takes, one line of help, its group
     "remove": ("stores:remove", "STORE --id ID | --where FILTER", "Remove documents, at once in every index.", BUILD),
     "index": ("indexes:index", "STORE [--index SPEC]", "Build or extend an index.", BUILD),
     "tokens": ("tokens:tokens", "STORE --lm MODEL", "The token store of a model, for --how knn.", BUILD),
+    "neighbours": ("neighbours:neighbours", "STORE --lm MODEL", "Chunks that a RETRO model reads, for --how retro.", BUILD),
     "show": ("stores:show", "STORE", "What a datastore holds and how it was made.", BUILD),
     "history": ("stores:history", "STORE", "The versions of a datastore.", BUILD),
     "compact": ("stores:compact", "STORE", "Rewrite a datastore without gaps.", BUILD),
@@ -51,7 +52,7 @@ COMMANDS = {  # where it is, what it takes, one line of help, its group
 
 
 FAMILIES = {"eval": "Measures of retrieval and of answers.", "tune": "Settings chosen on held-out text."}
-WRITERS = ("build", "add", "remove", "index", "tokens", "compact", "demo", "train")  # commands that go on where they were stopped
+WRITERS = ("build", "add", "remove", "index", "tokens", "neighbours", "compact", "demo", "train")  # they go on where they stopped
 
 
 def application(argv: Sequence[str]) -> App:

@@ -124,7 +124,7 @@ def show(store: StoreArg, /, *, at: At = None,
     `ralm remove` would take.
 
     JSON: documents, chunks, version, seconds; store, id, split, bytes, fields {name: type} for --where, indexes
-    and token_stores [{name, kind, rows, bytes, settings, facts}].
+    and token_stores [{name, kind, rows, bytes, settings, facts}], neighbours [{the same, indexes}].
     With --id: id, text, title, source, licence, date, metadata. With --ids: ids, documents (how many), version, seconds."""
     from ralm.what.datastore import Datastore
 
@@ -143,9 +143,9 @@ def show(store: StoreArg, /, *, at: At = None,
         listed = {"ids": found, "documents": len(found), "version": kb.version, "seconds": round(time.perf_counter() - began, 3)}
         out.show(listed, lambda: found)
         return
-    indexes, token_stores = list(artifacts(store)), list(artifacts(store, "tokens"))
+    indexes, token_stores, neighbours = list(artifacts(store)), list(artifacts(store, "tokens")), list(databases(store))
     data = _totals(kb, began) | {"store": str(store), "id": kb.id, "split": kb.split, "bytes": disk(store),
-                                 "fields": kb.columns(), "indexes": indexes, "token_stores": token_stores}
+                                 "fields": kb.columns(), "indexes": indexes, "token_stores": token_stores, "neighbours": neighbours}
     out.show(data, lambda: _store_lines(data))
 
 
@@ -171,7 +171,7 @@ def _totals(kb: Datastore, began: float) -> dict[str, Any]:
 
 def _report(kb: Datastore, added: Any, skipped: list[Any], began: float, out: Output) -> None:
     from ralm.index import built
-    from ralm.index.manifest import tokens_command
+    from ralm.index.manifest import command, tokens_command
 
     files = [skip(s) for s in skipped]
     data = _totals(kb, began) | {
@@ -181,6 +181,9 @@ def _report(kb: Datastore, added: Any, skipped: list[Any], began: float, out: Ou
     for t in artifacts(kb.path, "tokens") if added.documents or added.updated else ():
         progress.note(f"token store '{t['name']}' has yet to read what is new: {tokens_command(kb.path / t['folder'])} (or "
                       "the next --how knn does)")
+    for n in databases(kb.path) if added.documents or added.updated else ():
+        progress.note(f"neighbours '{n['name']}' have yet to take in what is new: {command(kb.path / n['folder'])} (or the next "
+                      "--how retro does)")
     out.show(data, lambda: _report_lines(data))
 
 
@@ -226,6 +229,11 @@ def _store_lines(data: dict[str, Any]) -> Iterator[str]:
         yield ""
         yield from table([[t["name"], t["settings"]["lm"], t["settings"]["key"], f"{t['rows']:,}", size(t["bytes"])]
                           for t in data["token_stores"]], ["token store", "model", "key", "tokens", "size"], right=[3, 4])
+    if data["neighbours"]:
+        yield ""
+        yield from table([[n["name"], (s := n["settings"])["lm"], n["facts"].get("retriever", ""), f"{n['rows']:,} of {s['m']}",
+                           size(n["bytes"])] for n in data["neighbours"]],
+                         ["neighbours", "model", "search", "chunks", "size"], right=[3, 4])
 
 
 def artifacts(store: Path, family: str = "index") -> Iterator[dict[str, Any]]:
@@ -238,6 +246,14 @@ def artifacts(store: Path, family: str = "index") -> Iterator[dict[str, Any]]:
             yield {"name": folder.name, "folder": str(folder.relative_to(store)), "kind": made.kind,
                    "rows": sum(p.rows for p in made.parts), "segments": len(made.parts), "bytes": disk(folder),
                    "settings": dict(made.settings), "facts": dict(made.facts)}
+
+
+def databases(store: Path) -> Iterator[dict[str, Any]]:
+    """Every neighbour database of a datastore, as `artifacts` tells of the others; rows are chunks."""
+    for made in artifacts(store, "neighbours/*"):
+        folder = Path(store) / made["folder"]
+        indexes = sorted(p.parent.name for p in folder.parent.glob("index/*/manifest.json"))
+        yield made | {"name": folder.parent.name, "bytes": disk(folder.parent), "indexes": indexes}
 
 
 def disk(folder: Path) -> int:

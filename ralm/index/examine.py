@@ -22,8 +22,7 @@ def artifact(store, folder: Path) -> tuple[list[str], list[str]]:
 
         if lost := vectors.orphaned(folder):
             return [lost], []
-        again = f"ralm {'tokens' if folder.parent.name == 'tokens' else 'index'}"
-        return [], [f"{folder} has no manifest: a build that never ended; the next {again} goes on with it"]
+        return [], [f"{folder} has no manifest: a build that never ended; {manifest.command(folder)} goes on with it"]
     broken = [f"{w}; {manifest.remedy(folder)}" for w in manifest.verify(folder, now)]
     for what, theirs, ours in (("datastore", now.store, store.id), ("split", now.split, store.split)):
         if theirs != ours:
@@ -33,6 +32,8 @@ def artifact(store, folder: Path) -> tuple[list[str], list[str]]:
     try:
         if now.kind == "tokens":
             return _tokens(store, folder, now)
+        if now.kind == "neighbours":
+            return _chunks(store, folder, now)
         ids = _ids(store, folder, now)
     except RalmError as e:
         return [str(e)], []
@@ -72,14 +73,35 @@ def _tokens(store, folder: Path, now: manifest.Manifest) -> tuple[list[str], lis
         values = rows.values(np.arange(first, min(first + (1 << 20), len(rows))))
         if len(values) and not 0 <= values.min() <= values.max() < now.settings["vocab"]:
             return [f"{folder} holds tokens that the model does not have ({values.max()}); {again}"], []
+    return _documents(store, folder, now, rows.revs, "knn")
+
+
+def _chunks(store, folder: Path, now: manifest.Manifest) -> tuple[list[str], list[str]]:
+    """Chunks of a neighbour database: tokens of the vocabulary, ends that ascend within a document and end with it."""
+    from ralm.what.token_chunks import TokenChunks
+
+    held, again = TokenChunks(store, folder.parent.name, as_it_is=True), manifest.remedy(folder)
+    if (top := held.largest()) >= now.settings["vocab"]:
+        return [f"{folder} holds tokens that the model does not have ({top}); {again}"], []
+    for rev, source in store.states():
+        at = int(np.searchsorted(held.revs, rev))
+        ends = held.ends[held.rows[at]:held.rows[at + 1]].astype(np.int64) if rev in held.revs[at:at + 1] else ()
+        if len(ends) and ((np.diff(ends) < 0).any() or ends[-1] != len(source.text)):
+            return [f"{folder} cuts document '{source.id}' otherwise than its text is long; {again}"], []
+    return _documents(store, folder, now, held.revs, "retro")
+
+
+def _documents(store, folder: Path, now: manifest.Manifest, revs: np.ndarray, how: str) -> tuple[list[str], list[str]]:
+    """Whether every document that is said to be covered is among the revisions held; and what is behind, or gone."""
     alive, notes = np.flatnonzero(store.revisions()), []
-    lacking = np.setdiff1d(alive[alive < now.stop], rows.revs)
+    lacking = np.setdiff1d(alive[alive < now.stop], revs)
     if len(lacking):
-        return [f"{folder} lacks {len(lacking):,} documents of the datastore (revision {lacking[0]} first); {again}"], []
+        return [f"{folder} lacks {len(lacking):,} documents of the datastore (revision {lacking[0]} first); "
+                f"{manifest.remedy(folder)}"], []
     if behind := int((alive >= now.stop).sum()):
-        notes.append(f"{folder} does not hold the {behind:,} newest documents yet: {manifest.tokens_command(folder)} (or the next "
-                     "--how knn) reads them")
-    gone = np.setdiff1d(rows.revs, store.stored_revisions())
+        notes.append(f"{folder} does not hold the {behind:,} newest documents yet: {manifest.command(folder)} (or the next "
+                     f"--how {how}) reads them")
+    gone = np.setdiff1d(revs, store.stored_revisions())
     if len(gone):
         notes.append(f"{folder} holds the tokens of {len(gone):,} documents that are gone: ralm compact {store.path} drops "
                      "them")
@@ -97,9 +119,10 @@ def _rows(store, folder: Path, now: manifest.Manifest, ids: np.ndarray) -> tuple
         return [f"{folder} lacks {len(lacking):,} chunks of the datastore (the first is {lacking[0]}); {again}"], []
     behind = int((alive >= now.stop).sum())
     if behind:
-        notes.append(f"{folder} does not cover the {behind:,} newest chunks yet: the next search adds them, or ralm index "
-                     f"{store.path}")
+        notes.append(f"{folder} does not cover the {behind:,} newest chunks yet: the next search adds them, or "
+                     f"{manifest.command(folder)}")
     gone = np.setdiff1d(ids, store.stored_ids(), assume_unique=True)
     if len(gone):
-        notes.append(f"{folder} holds rows of {len(gone):,} chunks that are gone for good: ralm compact {store.path} drops them")
+        notes.append(f"{folder} holds rows of {len(gone):,} chunks that are gone for good: ralm compact {manifest.home(folder)} "
+                     "drops them")
     return [], notes

@@ -151,13 +151,20 @@ def remedy(folder: Path) -> str:
 
 
 def command(folder: Path, spec: str = "", name: str = "") -> str:
-    """The command that makes or extends an index (by default as it is) or neighbours; name: of other neighbours beside these."""
+    """The command that makes or extends an artifact (an index by default as it is); name: of other neighbours beside these."""
+    if folder.parent.name == "tokens":
+        return tokens_command(folder)
     if (base := _neighbours(folder)) is None:
         return f"ralm index {folder.parent.parent} --index {spec or _spec(folder)}"
     made, name = _settings(base / "chunks"), name or base.name
     m = f" --m {made['m']}" if name == base.name and made.get("m", 64) != 64 else ""
     called = "" if name == "default" else f" --name {name}"
     return f"ralm neighbours {base.parents[1]} --lm {made.get('lm') or '…'}{m}{called}"
+
+
+def home(folder: Path) -> Path:
+    """The datastore an artifact belongs to."""
+    return folder.parents[1] if (base := _neighbours(folder)) is None else base.parents[1]
 
 
 def _neighbours(folder: Path) -> Path | None:

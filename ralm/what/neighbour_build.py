@@ -14,7 +14,7 @@ dropped documents are not given again. A chunk costs 2 m (or 4 m) + 4 bytes, a d
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,6 @@ KIND = "neighbours"
 M = 64  # tokens of a chunk where nothing else is said
 SECONDS, TOKENS = 30.0, 8_000_000  # a part is committed after so long or so many tokens: what a kill can cost
 LARGEST = 2_000_000  # chunks; parts above it are not merged any further
-SAMPLE = 400_000  # characters an estimate is made from, at most
 
 
 def folder_of(store, name: str = "") -> Path:
@@ -271,34 +270,3 @@ def compact(store, name: str) -> None:
             parts.append(part)
         if tuple(parts) != now.parts:
             _commit(folder, now, parts)
-
-
-# ---- what it will take --------------------------------------------------------------------------------------------------
-
-
-def estimate(store, lm: Any, name: str, m: int | None = None) -> dict[str, float]:
-    """What making (or extending) the chunks would take, from a sample that is cut: {"chunks", "tokens", "bytes", "seconds"}.
-
-    Without the indexes over them. Raises what making them would raise for settings that do not fit."""
-    folder = chunks_of(store, name)
-    if (found := manifest.load(folder)) is not None:
-        check(store, folder, found, lm, m)
-    settings = settled(lm, m) if found is None else found.settings
-    first = found.stop if found else 0
-    read, tokens, chunks, began = 0, 0, 0, time.perf_counter()
-    for text in _sample(store, first):
-        n = len(spans(tokenizer_of(lm), text)[0])
-        read, tokens, chunks = read + len(text), tokens + n, chunks - -n // settings["m"]
-    seconds, share = time.perf_counter() - began, store.characters(first) / max(1, read)
-    size = tokens * token_type(settings["vocab"])().itemsize + 4 * chunks
-    return {"chunks": round(chunks * share), "tokens": round(tokens * share), "bytes": round(size * share),
-            "seconds": seconds * share}
-
-
-def _sample(store, first: int) -> Iterator[str]:
-    size = 0
-    for _, source in store.states(first):
-        yield source.text[:SAMPLE - size]
-        size += len(source.text)
-        if size >= SAMPLE:
-            return

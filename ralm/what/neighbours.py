@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ralm.errors import FingerprintError, UsageError
-from ralm.index import manifest, retriever
+from ralm.errors import FingerprintError, UsageError, unknown
+from ralm.index import SPECS, manifest, retriever
 from ralm.types import Chunk, Hits, Retriever
 from ralm.what import neighbour_build
 from ralm.what.token_chunks import TokenChunks
@@ -27,12 +27,15 @@ FIRST = "bm25"  # what searches new chunks where nothing else is said: it finds 
 
 
 def spec_of(text: str) -> str:
-    """The retriever a user names, as ralm.index knows it: "dense+bm25" is a fusion of both. Raises UsageError for `auto`."""
+    """The retriever a user names, as ralm.index knows it: "dense+bm25" is a fusion of both. Raises UsageError for an unknown name,
+    and for `auto`."""
     spec = text.strip()
-    name = spec.partition(":")[0]
-    if name in ("", "auto"):
+    names = spec.partition(":")[0].split("+")
+    if "" in names or "auto" in names:
         raise UsageError(f"retriever '{text}': name what searches the chunks: bm25, dense, dense:ENCODER or dense+bm25")
-    return f"hybrid:parts={spec}" if "+" in name else spec
+    if wrong := [n for n in names if n not in SPECS]:
+        raise unknown("retriever", wrong[0], SPECS)
+    return f"hybrid:parts={spec}" if len(names) > 1 else spec
 
 
 class NeighbourStore:
@@ -97,6 +100,17 @@ class NeighbourStore:
     def fingerprint(self) -> str:
         """Of the tokenizer the chunks were cut by (`tokenizer_fingerprint`)."""
         return self.settings["fingerprint"]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens held, those of removed documents among them."""
+        return sum(int(leaf.tokens[-1]) for leaf, _ in self.leaves)
+
+    @property
+    def recall(self) -> float:
+        """recall@10 of a dense index against exact search, as measured when it was made; 1 where search is exact."""
+        search = self._opened().search
+        return min((getattr(part, "recall", 1.0) for part in getattr(search, "parts", [search])), default=1.0)
 
     def identity(self) -> str:
         """What decides what is found: datastores with their versions, tokenizer, m, retriever."""

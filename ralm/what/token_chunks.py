@@ -150,6 +150,10 @@ class TokenChunks:
             index = np.minimum(first[here, None] - begin + reach, len(tokens) - 1)
             out[here] = np.where(mask[here], tokens[index], 0)
 
+    def largest(self) -> int:
+        """The largest token that is held, -1 where there is none."""
+        return max((int(x.tokens.max()) for x in self._maps if len(x.tokens)), default=-1)
+
     # ---- texts ----------------------------------------------------------------------------------------------------------------
 
     def spans(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -17,6 +17,7 @@ from ralm.testing import documents
 from ralm.types import Document
 from ralm.what import neighbour_build
 from ralm.what.datastore import Datastore
+from ralm.what.neighbour_cost import estimate
 from ralm.what.neighbours import NeighbourStore
 from ralm.what.token_chunks import TokenChunks
 
@@ -231,7 +232,7 @@ def test_a_large_vocabulary_is_not_wrapped():
 
 
 def test_the_estimate_is_near(kb, tokenizer):
-    told = neighbour_build.estimate(kb, tokenizer, "", M)
+    told = estimate(kb, tokenizer, "", M)
     neighbours = NeighbourStore.build(kb, tokenizer, m=M)
     on_disk = sum(f.stat().st_size for f in (kb.path / "neighbours/default/chunks").glob("*/*.npy")) - 3 * 128 - 24 * len(TEXTS)
     assert abs(told["chunks"] - len(neighbours)) <= 1 and abs(told["bytes"] - on_disk) <= 0.05 * on_disk
