@@ -77,6 +77,11 @@ class Dense:
         allowed = self.store.allow(where=where, exclude=exclude)
         return self._opened().search(lambda leaf: q_QD, len(q_QD), k, allowed, self.effort)
 
+    def vectors(self, ids: Sequence[int]) -> np.ndarray:
+        """float32 [N, D]: the stored vectors of these chunks, as `nearest` takes them. Raises StoreError for a chunk without one,
+        UsageError where the parts of a union have different encoders."""
+        return self._opened().vectors(np.asarray(ids, np.int64))
+
     def _opened(self) -> View:
         """The view of the version the store is at; another one after the store has changed."""
         key = tuple((s.id, s.version) for s, _ in leaves(self.store))
@@ -93,6 +98,19 @@ class View:
     def __init__(self, store, key: tuple, wish: Wish):
         self.key = key
         self.leaves = [Leaf(part, offset, wish) for part, offset in leaves(store)]
+
+    def vectors(self, ids: np.ndarray) -> np.ndarray:
+        if len(made := {leaf.now.settings["encoder"]: leaf for leaf in self.leaves if len(leaf.rows)}) > 1:
+            raise UsageError(f"vectors of {' and '.join(made)} are not of one kind: search by texts")
+        out, left = np.empty((len(ids), self.leaves[0].rows.dim), np.float32), np.ones(len(ids), bool)
+        for leaf in self.leaves:
+            at = np.searchsorted(leaf.ids, ids)
+            here = np.flatnonzero(at < len(leaf.ids))
+            here = here[leaf.ids[at[here]] == ids[here]]
+            out[here], left[here] = leaf.rows.take(at[here]), False
+        if left.any():
+            raise vectors.damaged(self.leaves[0].folder, f"chunk {ids[left][0]} has no vector")
+        return out
 
     def search(self, encode, queries: int, k: int, allowed: np.ndarray, effort: int | None) -> Hits:
         if len(self.leaves) == 1 and len(self.leaves[0].rows):

@@ -30,6 +30,7 @@ from ralm import progress
 from ralm.errors import FingerprintError, StoreError, UsageError, unknown
 from ralm.index import manifest
 from ralm.registry import whole
+from ralm.types import Hits
 from ralm.what.neighbours import NeighbourStore
 
 BLOCK = 8192  # queries of a block: what a kill can cost, and what is searched together
@@ -40,14 +41,15 @@ Span = tuple[str, int, int]  # a document's id, and the tokens [from, to) of it 
 
 def precompute(neighbours: NeighbourStore, rows: np.ndarray, documents: Sequence[Collection[str]], k: int, folder: str | Path,
                spans: Sequence[Sequence[Span]] | None = None, exclude: str = "document", where: str | None = None,
-               special: Collection[int] | None = None) -> np.ndarray:
+               special: Collection[int] | None = None, held: np.ndarray | None = None) -> np.ndarray:
     """The k neighbours of every chunk of the rows, as a read-only map [N, L, k] of chunk numbers, -1 for none.
 
     rows: int [N, L m], the grid a model sees (BOS counted). documents: by row, the ids of those that are excluded whole. spans
     (exclude="row"): by row, the pieces of documents it is made of. special: tokens that are no text (default: BOS and EOS of the
-    model); they are left out of what is looked up. Work is kept block by block in `folder`; the same call goes on with it.
+    model); they are left out of what is looked up. held: int [N, L], which chunk of the store each chunk of the rows is,
+    -1 for none: a dense retriever takes its vector. Work is kept block by block in `folder`; the same call goes on with it.
     Raises UsageError for shapes that do not fit, FingerprintError where the folder holds neighbours of something else."""
-    task = Task(neighbours, np.asarray(rows), documents, spans, k, exclude, where, special)
+    task = Task(neighbours, np.asarray(rows), documents, spans, k, exclude, where, special, held)
     folder = Path(folder)
     ids, scores, done = _begun(folder, task)
     with progress.task(f"neighbours ({neighbours.retriever})", total=(len(task.rows) - done) * task.L, unit="chunks") as advance:
@@ -76,7 +78,7 @@ class Task:
 
     def __init__(self, neighbours: NeighbourStore, rows: np.ndarray, documents: Sequence[Collection[str]],
                  spans: Sequence[Sequence[Span]] | None, k: int, exclude: str, where: str | None,
-                 special: Collection[int] | None):
+                 special: Collection[int] | None, held: np.ndarray | None):
         whole(1, k=k)
         if exclude not in EXCLUDE:
             raise unknown("exclude", str(exclude), EXCLUDE)
@@ -95,6 +97,9 @@ class Task:
         lm = neighbours.lm
         special = {getattr(lm, "bos", None), getattr(lm, "eos", None)} - {None} if special is None else special
         self.special = sorted({int(t) for t in special})
+        if held is not None and np.shape(held) != (len(rows), self.L):
+            raise UsageError(f"held is {list(np.shape(held))}, the rows have [{len(rows)}, {self.L}] chunks: give a number each")
+        self.held = np.full((len(rows), self.L), -1) if held is None else np.asarray(held, np.int64)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -102,32 +107,45 @@ class Task:
         who = hashlib.sha256(json.dumps([[sorted(d) for d in self.documents], [[list(s) for s in x] for x in self.spans]]).encode())
         return {"neighbours": self.neighbours.identity(), "m": self.m, "k": self.k, "exclude": self.exclude, "where": self.where,
                 "special": self.special, "rows": len(self.rows), "chunks": self.L, "block": self.block,
-                "tokens": hashlib.sha256(np.ascontiguousarray(self.rows, np.int64).data).hexdigest(), "documents": who.hexdigest()}
+                "tokens": hashlib.sha256(np.ascontiguousarray(self.rows, np.int64).data).hexdigest(), "documents": who.hexdigest(),
+                "held": hashlib.sha256(np.ascontiguousarray(self.held, np.int64).data).hexdigest()}
 
     def found(self, here: slice) -> tuple[np.ndarray, np.ndarray]:
         """(ids [n, L, k], scores [n, L, k]) of some rows."""
-        chunks = self.rows[here].reshape(-1, self.m)
-        chunks = [c[~np.isin(c, self.special)] for c in chunks] if self.special else list(chunks)
-        texts = [self.neighbours.text(c) for c in chunks]
         row = np.repeat(np.arange(here.start, here.stop), self.L)
         barred = Barred(self, range(here.start, here.stop))
-        ids, scores = np.full((len(texts), self.k), -1, np.int64), np.full((len(texts), self.k), -np.inf, np.float32)
-        left, most = np.arange(len(texts)), barred.most
+        ids, scores = np.full((len(row), self.k), -1, np.int64), np.full((len(row), self.k), -np.inf, np.float32)
+        left, most, search = np.arange(len(row)), barred.most, self._search(here)
         for beyond in DEPTHS:
             if not len(left):
                 break
             depth = self.k + int(min(beyond, most[row[left] - here.start].max()))
-            hits = self.neighbours.search([texts[q] for q in left], depth, self.where)
+            hits = search(left, depth)
             ids[left], scores[left], lacking = self._kept(hits.ids, hits.scores, barred.bars(row[left], hits.ids))
             left = left[lacking & (hits.ids[:, -1] >= 0) & (most[row[left] - here.start] > depth - self.k)]
         for r in np.unique(row[left]).tolist():  # few: their nearest hundreds are all of their own documents
             mine = left[row[left] == r]
             alone = self.exclude == "document"
             depth = self.k + (0 if alone else int(most[r - here.start]))
-            hits = self.neighbours.search([texts[q] for q in mine], depth, self.where, sorted(self.documents[r]) if alone else ())
+            hits = search(mine, depth, sorted(self.documents[r]) if alone else ())
             ids[mine], scores[mine], _ = self._kept(hits.ids, hits.scores, barred.bars(row[mine], hits.ids))
         shape = here.stop - here.start, self.L, self.k
         return ids.reshape(shape), scores.reshape(shape)
+
+    def _search(self, here: slice):
+        """A call that finds (which of the chunks of these rows, depth, excluded documents) -> Hits."""
+        held, chunks = self.held[here].reshape(-1), self.rows[here].reshape(-1, self.m)
+        texts = {q: self.neighbours.text(c[~np.isin(c, self.special)]) for q, c in enumerate(chunks) if held[q] < 0}
+
+        def search(which: np.ndarray, depth: int, exclude: Sequence[str] = ()) -> Hits:
+            out, own = Hits.empty(len(which), depth), held[which] >= 0
+            for at, find, what in ((own, self.neighbours.search_held, held[which[own]]),
+                                   (~own, self.neighbours.search, [texts[q] for q in which[~own].tolist()])):
+                if len(what):
+                    found = find(what, depth, self.where, exclude)
+                    out.ids[at], out.scores[at] = found.ids, found.scores
+            return out
+        return search
 
     def _kept(self, ids: np.ndarray, scores: np.ndarray, bad: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The first k hits that are not bad, and which queries have fewer."""

@@ -137,6 +137,14 @@ class NeighbourStore:
         texts = [c if isinstance(c, str) else self.text(c) for c in chunks]
         return self._opened().search.search(texts, k, where=where, exclude=tuple(exclude))
 
+    def search_held(self, ids: Sequence[int], k: int, where: str | None = None, exclude: Sequence[str] = ()) -> Hits:
+        """As `search`, for chunks that are held, by their numbers. A dense retriever has their vectors and encodes nothing; every
+        other looks up their text. A chunk finds itself, unless it is excluded."""
+        search = self._opened().search
+        if hasattr(search, "vectors"):
+            return search.nearest(search.vectors(ids), k, where=where, exclude=tuple(exclude))
+        return self.search([c.text for c in self.chunks(ids)], k, where, exclude)
+
     def text(self, ids: Sequence[int]) -> str:
         """What tokens are looked up as. Raises UsageError where no model was given."""
         if self.lm is None:

