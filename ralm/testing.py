@@ -86,6 +86,9 @@ def check_neutral(ralm: RALM, ids: Sequence[int]) -> None:
     everything = [d.id for d in ralm.store.documents()]
     same(ralm.score(ids, exclude=everything).logp, base.logp, "neutral (every document excluded)")
     same(replace(ralm, when="never").score(ids).logp, base.logp, "neutral (never due)")
+    if ralm.how.how == "intermediate":
+        blind = replace(ralm, neighbours=Otherwise(ralm.neighbours, lambda hits: Hits.empty(*hits.ids.shape))).score(ids)
+        same(blind.logp, base.logp, "neutral (nothing found)", 0)
     if ralm.how.how != "input":
         return
     blind = replace(ralm, retriever=Fixed(ralm.store, [])).score(ids)
@@ -105,6 +108,20 @@ def check_degenerate(ralm: RALM, ids: Sequence[int]) -> None:
         same(replace(ralm, how=how).score(ids).logp, one.logp, f"degenerate (ensemble {weights})")
     if hasattr(ralm.how, "k"):
         same(replace(ralm, how=replace(ralm.how, k=1)).score(ids).logp, one.logp, f"degenerate ({ralm.how!r} with k=1)")
+
+
+def check_chunks(ralm: RALM, ids: Sequence[int], tolerance: float = TOLERANCE) -> None:
+    """Law 5 for neighbours of chunks (RETRO): their order means nothing; and law 2: what is found for a chunk moves nothing that
+    stands before its end, whoever finds it and whatever it is."""
+    whole = ralm.distributions(ids)
+    turned = replace(ralm, neighbours=Otherwise(ralm.neighbours, lambda h: Hits(h.ids[:, ::-1].copy(), h.scores[:, ::-1].copy())))
+    gap = distance(turned.distributions(ids), whole)
+    assert gap < tolerance, f"chunks: the order of neighbours moves a distribution by {gap} nats ({ralm!r})"
+    for e in ralm.score(ids).evidence[::3]:
+        if len(e.ids):
+            lost = replace(ralm, neighbours=Otherwise(ralm.neighbours, lambda h: Hits.empty(*h.ids.shape), e.query))
+            gap = distance(lost.distributions(ids)[:e.at], whole[:e.at])
+            assert gap < tolerance, f"chunks: neighbours of the chunk that ends at {e.at} moved one before it by {gap} ({ralm!r})"
 
 
 def check_marginal(ralm: RALM, prompt: str, ids: Sequence[int]) -> None:
@@ -163,6 +180,8 @@ def check_ralm(ralm: RALM, text: str, prompt: str = "", positions: Iterable[int]
         check_neutral(ralm, ids)
     if ralm.how.how == "input":
         check_degenerate(ralm, ids)
+    if ralm.how.how == "intermediate":
+        check_chunks(ralm, ids)
 
 
 def check_retriever(retriever, queries: Sequence[str], k: int = 5, where: str | None = None) -> None:
@@ -222,6 +241,21 @@ class Fixed:
         if kept:
             out.ids[:, :len(kept)], out.scores[:, :len(kept)] = zip(*kept)
         return out
+
+
+class Otherwise:
+    """A neighbour database that finds something else than it would: `change` of its Hits, for all queries or for one. For laws."""
+
+    def __init__(self, inner, change: Callable[[Hits], Hits], query: str | None = None):
+        self.inner, self.change, self.query = inner, change, query
+
+    def __getattr__(self, name: str):
+        return getattr(self.inner, name)
+
+    def search(self, chunks: Sequence[str], k: int, where: str | None = None, exclude: Sequence[str] = ()) -> Hits:
+        hits = self.inner.search(chunks, k, where=where, exclude=exclude)
+        other, there = self.change(hits), np.array([self.query in (None, text) for text in chunks])[:, None]
+        return Hits(np.where(there, other.ids, hits.ids), np.where(there, other.scores, hits.scores))
 
 
 def distance(a, b) -> float:

@@ -167,7 +167,7 @@ def test_a_cache_that_keeps_old_evidence(lm, bm25, ids, monkeypatch):
     """A prefix compared by its length only goes on from the states of other passages."""
     from ralm.how.rows import _Seen
 
-    def grown(self, rows, starts):
+    def grown(self, rows, starts, beside=None):
         gap = {len(a) - len(b) for a, b in zip(rows, self.rows)}
         return gap.pop() if len(gap) == 1 and min(gap) > 0 else None
 

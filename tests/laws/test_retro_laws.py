@@ -1,6 +1,8 @@
 """The laws for a model that reads neighbours of chunks (RETRO), alone and below methods at the output, and planted faults in it."""
 
+import importlib.util
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,17 @@ from ralm.what.datastore import Datastore  # noqa: E402
 from ralm.what.neighbours import NeighbourStore  # noqa: E402
 from ralm.what.token_store import TokenStore  # noqa: E402
 
+
+def beside(name: str):
+    """A module of the tests, which are no package."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, Path(__file__).parent / name)
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+ours = beside("test_laws.py")
+ours.retros = beside("../lm/tiny_retro.py")
 KNN = "knn:k=9,lam=0.3,temperature=5"
 FUSIONS = ("retro:k=2", "retro:k=1", f"retro:k=3+{KNN}", "retro+infgram:lam=0.3")
 FINDERS = ("bm25", "dense:static", "hybrid:parts=bm25+dense:static", "union")
@@ -76,6 +89,23 @@ def test_each_finder_and_fusion_has_its_turn(made, finder, how):
 def test_laws_everywhere(made, finder, how):
     for text in (TEXT, "é é é the question , the passage ."):
         check_ralm(made(finder, how), text, "the lighthouse of Maria Holt")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mistral", "gemma2", "gpt_neox", "qwen3", "own"])
+def test_architectures(tiny, neighbours, kind):
+    """Learned positions, sliding windows, soft caps, blocks side by side: nothing may depend on what the decoder is made of."""
+    from ralm.lm.hf import HF
+    from ralm.lm.retro import Retro, RetroConfig
+
+    base = ours.own(tiny) if kind == "own" else HF(tiny.make(kind), tiny.tokenizer(), window=64)
+    lm = Retro(base, RetroConfig(gate="none", **(ours.retros.SHAPE | dict(m=6, layers=(1, 2)))))
+    ours.retros.loud(lm.adapter, 1)
+    ralm = RALM(lm, neighbours=neighbours, how="retro:k=2")
+    check_ralm(ralm, TEXT[:48], "Who saw the tower?", positions=(5, 6, 17))
+    prompts = ["Snow on the", "The lighthouse of Brennick, and"]
+    assert ralm.generate_many(prompts, max_tokens=14) == [ralm.generate(p, max_tokens=14) for p in prompts]
+    best = ralm.beam(prompts[0], beams=2, max_tokens=9)[0]
+    assert best.logp == pytest.approx(ralm.score(best.tokens, prompt=prompts[0]).logp.sum(), abs=2e-3)
 
 
 def test_causal_at_every_position_of_two_windows(made, retro):
