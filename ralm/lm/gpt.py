@@ -330,8 +330,16 @@ class BPE:
         return self.inner.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
+        return self._encoded(text).ids
+
+    def offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """What `encode` gives, and the characters [start, end) each token stands at."""
+        found = self._encoded(text)
+        return found.ids, found.offsets
+
+    def _encoded(self, text: str) -> Any:
         try:
-            return self.inner.encode(text, add_special_tokens=False).ids
+            return self.inner.encode(text, add_special_tokens=False)
         except TypeError as e:
             raise UsageError("the text holds half of a surrogate pair, which UTF-8 cannot write; "
                              "read it with the right encoding") from e

@@ -310,6 +310,13 @@ class HFTokenizer:
     def encode(self, text: str) -> list[int]:
         return self.inner(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
+    def offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
+        """What `encode` gives, and the characters [start, end) each token stands at; None of a kind that does not tell."""
+        if not getattr(self.inner, "is_fast", False):
+            return None
+        told = self.inner(text, add_special_tokens=False, split_special_tokens=True, verbose=False, return_offsets_mapping=True)
+        return told["input_ids"], told["offset_mapping"]
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 

@@ -17,24 +17,25 @@ def spans(tokenizer: Tokenizer, text: str) -> tuple[list[int], np.ndarray, np.nd
 
     ends ascend to the text's length, so the text from one to the next is what a token adds. A token that is a part of a character
     stands at the whole of it. One pass over the text, by the tokenizer's own offsets where it has them."""
-    ids, told = tokenizer.encode(text), _offsets(getattr(tokenizer, "inner", None), text)
-    if told is None or told[0] != ids:
+    if (told := _offsets(tokenizer, text)) is None:
+        ids = tokenizer.encode(text)
         return ids, *_measured(tokenizer, ids, len(text))
+    ids = told[0]
     starts, ends = (np.asarray(told[1], np.int64).reshape(-1, 2)[:, i] for i in (0, 1))
     ends = np.maximum.accumulate(ends) if len(ids) else ends
     ends[-1:] = len(text)
     return ids, np.minimum(starts, np.concatenate([[0], ends])[:-1]), ends  # some leave the space before a word out
 
 
-def _offsets(inner: Any, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
-    """(ids, offsets) of the tokenizers library, by itself or inside transformers; None of other kinds."""
-    if getattr(inner, "is_fast", False):
-        told = inner(text, add_special_tokens=False, split_special_tokens=True, verbose=False, return_offsets_mapping=True)
-        return told["input_ids"], told["offset_mapping"]
-    if hasattr(inner, "get_vocab_size"):
-        told = inner.encode(text, add_special_tokens=False)
-        return told.ids, told.offsets
-    return None
+def _offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
+    """(ids, offsets) of a tokenizer that tells, or of the one of the tokenizers library in it where that gives the same ids."""
+    if hasattr(tokenizer, "offsets"):
+        return tokenizer.offsets(text)
+    inner = getattr(tokenizer, "inner", None)
+    if not hasattr(inner, "get_vocab_size"):
+        return None
+    told = inner.encode(text, add_special_tokens=False)
+    return (told.ids, told.offsets) if told.ids == tokenizer.encode(text) else None
 
 
 def _measured(tokenizer: Tokenizer, ids: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
