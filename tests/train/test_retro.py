@@ -14,10 +14,12 @@ zstandard = pytest.importorskip("zstandard")
 from ralm.errors import UsageError  # noqa: E402
 from ralm.lm import load, retro_files  # noqa: E402
 from ralm.lm.gpt import GPT, Decoder, GPTConfig  # noqa: E402
+from ralm.lm.gpt import save as save_gpt  # noqa: E402
 from ralm.lm.retro import Neighbours, Retro, RetroConfig  # noqa: E402
 from ralm.train import recipes  # noqa: E402
 from ralm.train.loop import fit  # noqa: E402
 from ralm.train.retro_data import KINDS, Rows  # noqa: E402
+from ralm.train.tokenizer import train_bpe  # noqa: E402
 
 _spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "lm" / "tiny.py")
 tiny = importlib.util.module_from_spec(_spec)
@@ -33,17 +35,21 @@ def story(seed: int, n: int = 260) -> str:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Data: six stories, and the same ones spaced as WikiText is."""
+    """Data: six stories, which a recipe also spaces as WikiText does; and a decoder whose tokenizer was trained on them."""
     folder = tmp_path_factory.mktemp("data")
     lines = "".join(json.dumps({"file": f"{i}.txt", "text": f"Title: Tale {i}\n{story(i)}"}) + "\n" for i in range(6))
     (folder / "tales.zst").write_bytes(zstandard.compress(lines.encode()))
+    bpe, shape = train_bpe([story(i) for i in range(6)], 400), GPTConfig(vocab=400, width=16, layers=2, heads=2, mlp=24, window=64)
+    torch.manual_seed(0)
+    save_gpt(folder / "gpt", Decoder(shape), bpe, shape)
     return folder
 
 
-def recipe(store="", **changes):
-    """A decoder from random weights with the bundled tokenizer, small enough to be trained in a test."""
+def recipe(store, root, **changes):
+    """A decoder from random weights, small enough to be trained in a test."""
     r = {"kind": "retro",
-         "model": {"tokenizer": "bundled:base", "decoder": {"width": 16, "layers": 2, "heads": 2, "mlp": 24, "window": 64},
+         "model": {"tokenizer": f"gpt:{root / 'gpt'}",
+                   "decoder": {"width": 16, "layers": 2, "heads": 2, "mlp": 24, "window": 64},
                    "retro": {"m": 16, "layers": [2], "width": 16, "depth": 1, "heads": 2, "mlp": 24, "cross_heads": 2,
                              "cross_size": 8, "gate": "none"}},
          "rates": {"new": 0.01, "new_rest": 0.01, "base": 0.01, "base_rest": 0.01},
@@ -76,7 +82,7 @@ def weights(folder):
 def whole(root, tmp_path_factory):
     """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("run")
-    return folder, *run(root, folder, recipe(folder / "store"))
+    return folder, *run(root, folder, recipe(folder / "store", root))
 
 
 # ---- rows ---------------------------------------------------------------------------------------------------------------
@@ -150,7 +156,7 @@ def test_neighbours_are_of_other_documents_or_do_not_touch_the_row(whole):
 
 def test_a_killed_run_ends_as_an_uninterrupted_one(root, whole, tmp_path):
     folder, _, said = whole
-    r = recipe(folder / "store")
+    r = recipe(folder / "store", root)
     run(root, tmp_path / "a", r, until=1)
     run(root, tmp_path / "a", r, until=4)
     _, again = run(root, tmp_path / "a", r)
@@ -162,7 +168,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(root, whole, tmp_path):
 
 def test_threads_change_nothing(root, whole, tmp_path):
     folder, *_ = whole
-    run(root, tmp_path / "a", recipe(folder / "store", train__threads=2))
+    run(root, tmp_path / "a", recipe(folder / "store", root, train__threads=2))
     a, b = weights(folder), weights(tmp_path / "a")
     assert all(torch.equal(a[n], b[n]) for n in a)
 
@@ -182,17 +188,17 @@ def test_what_it_leaves_is_loaded_and_says_how_it_was_made(whole):
 def test_it_overfits_what_only_its_neighbours_tell(root, whole, tmp_path):
     """Copies alone, one row: with them the text is known, without them it is not."""
     folder, *_ = whole
-    r = recipe(folder / "store", data__kinds={"copy": 1.0}, data__drop=0.0, train__steps=150, train__batch=2,
+    r = recipe(folder / "store", root, data__kinds={"copy": 1.0}, data__drop=0.0, train__steps=60, train__batch=2,
                train__evaluate_steps=0, data__rows=4, train__warmup=0.05)
     _, said = run(root, tmp_path / "a", r)
     figures = said["evaluations"][-1]
     losses = [x["loss"] for x in lines(tmp_path / "a") if "loss" in x]
-    assert losses[-1] < 0.5 * losses[0] and figures["gain_copy"] > 0.05
+    assert losses[-1] < 0.7 * losses[0] and figures["gain_copy"] > 0.05, (losses[0], losses[-1], figures)
 
 
 def test_the_decoder_alone_sees_the_same_rows(root, whole, tmp_path):
     folder, task, _ = whole
-    r = recipe(folder / "store", data__neighbours=False)
+    r = recipe(folder / "store", root, data__neighbours=False)
     alone, _ = run(root, tmp_path / "a", r)
     assert all(torch.equal(a, b) and n is None for (a, _), (b, n) in zip(task.batch(5), alone.batch(5)))
     from ralm.lm.gpt import load as load_gpt
@@ -208,8 +214,8 @@ def fitted(tmp_path_factory):
     return f"hf:{folder}"
 
 
-def fit_recipe(store, spec, **changes):
-    r = recipe(store, **changes)
+def fit_recipe(store, root, spec, **changes):
+    r = recipe(store, root, **changes)
     shape = r["model"]["retro"] | {"gate": "zero", "layers": [1, 2], "scaled": True, "beside": True}
     r["model"] = {"base": spec, "retro": shape, "checkpointing": r["model"].get("checkpointing", False)}
     return r
@@ -218,7 +224,8 @@ def fit_recipe(store, spec, **changes):
 @pytest.mark.parametrize("trainable", ["new", "all"])
 def test_fitting_a_model_of_transformers(root, fitted, tmp_path, trainable):
     """Step 0 is the decoder; new weights alone leave it what it was; files find it again by its spec."""
-    r = fit_recipe(tmp_path / "store", fitted, rates__trainable=trainable, rates__after=2, train__steps=3, train__evaluate_steps=0,
+    r = fit_recipe(tmp_path / "store", root, fitted, rates__trainable=trainable, rates__after=2, train__steps=3,
+                   train__evaluate_steps=0,
                    rates__matrices="muon")
     task = recipes.make(r, root, tmp_path / "a")
     before = {n: p.clone() for n, p in task.bare.model.named_parameters()}
@@ -238,9 +245,9 @@ def test_fitting_a_model_of_transformers(root, fitted, tmp_path, trainable):
 def test_checkpointing_changes_no_gradient(root, whole, fitted, tmp_path, kind):
     def grads(on):
         if kind == "gpt":
-            r = recipe(whole[0] / "store", model__checkpointing=on, data__drop=0.0)
+            r = recipe(whole[0] / "store", root, model__checkpointing=on, data__drop=0.0)
         else:
-            r = fit_recipe(tmp_path / "store", fitted, model__checkpointing=on, data__drop=0.0)
+            r = fit_recipe(tmp_path / "store", root, fitted, model__checkpointing=on, data__drop=0.0)
         task = recipes.make(r, root, tmp_path / "a")
         task.groups()
         for cross in task.lm.adapter.cross.values():
@@ -262,7 +269,7 @@ def test_mistakes_are_told(root, whole, tmp_path):
                           ({"data__source": [{"name": "other"}]}, "no document of source 'other'"),
                           ({"rates__trainable": "some"}, "unknown \\[rates\\]")):
         with pytest.raises(UsageError, match=says):
-            recipes.make(recipe(store, **changes), root, tmp_path).groups()
+            recipes.make(recipe(store, root, **changes), root, tmp_path).groups()
 
 
 # ---- a start from which it learns -----------------------------------------------------------------------------------------
@@ -295,7 +302,7 @@ def test_new_weights_begin_by_looking_for_the_token_just_read():
         assert torch.equal(lm.forward(ids, neighbours=Neighbours(ids.view(1, 8, 1, 32))).logits, base)  # still the decoder
     same, other, spread = alike()
     assert same > other + 2 * spread, (same, other, spread)
-    assert float(cross.scale) > 1 and 0.5 < float(lm._embed(ids[:, None]).std()) < 2
+    assert float(cross.scale.detach()) > 1 and 0.5 < float(lm._embed(ids[:, None]).detach().std()) < 2
 
 
 def test_neighbours_beside_do_not_reach_over_what_is_not_there():
