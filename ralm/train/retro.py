@@ -180,7 +180,8 @@ class Training(Task):
         """Nats per token of a part."""
         ids, n = part
         read = (self.rows.chunks + 1) * self.rows.m - 1  # the last chunk stays incomplete: its neighbours would serve one token
-        x, y = ids[:, :read], ids[:, 1:read + 1].to(self.device)
+        ids = ids.to(self.device)
+        x, y = ids[:, :read], ids[:, 1:read + 1]
         if isinstance(self.bare, GPT) and self.device.type == "cpu":
             dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
             loss = head_loss(self._hidden(x, n).flatten(0, 1), self.bare.model.embed.weight, y.flatten(), dtype)
@@ -194,7 +195,7 @@ class Training(Task):
         return self.lm.keys(x, "hidden") if n is None else self.lm.keys(x, "hidden", n)
 
     def _logits(self, x: Tensor, n: Neighbours | None) -> Tensor:
-        return (self.lm.forward(x) if n is None else self.lm.forward(x, neighbours=n)).logits.to(self.device)
+        return (self.lm.forward(x) if n is None else self.lm.forward(x, neighbours=n)).logits
 
     # ---- figures, samples, files ---------------------------------------------------------------------------------------
 
@@ -221,16 +222,17 @@ class Training(Task):
 
     def _nats(self, ids: np.ndarray, n: Neighbours | None) -> float:
         """Of the tokens that may read neighbours; a row's mean, summed over rows."""
-        m, x = self.rows.m, torch.from_numpy(ids)
+        m, x = self.rows.m, torch.from_numpy(ids).to(self.device)
         read = (self.rows.chunks + 1) * m - 1
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16"):
             logits = self._logits(x[:, :read], n)[:, m - 1:].float()
-        y = x[:, m:read + 1].to(self.device)
+        y = x[:, m:read + 1]
         return float(F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")) / y.shape[1]
 
     def _sample(self, row: np.ndarray) -> str:
         """The likeliest continuation of a row's first two chunks, which reads what was found for the second."""
-        m, x, past, out = self.rows.m, torch.from_numpy(row[None, :2 * self.rows.m]), None, []
+        m, past, out = self.rows.m, None, []
+        x = torch.from_numpy(row[None, :2 * m]).to(self.device)
         n = None
         if self.data["neighbours"] and self.rows.chunks > 1:
             found = self.rows.found_held["document"][:1, :2]
@@ -238,7 +240,7 @@ class Training(Task):
         for _ in range(min(SAMPLE, m - 1)):
             options = {"neighbours": n} if n is not None and past is None else {}
             given = self.lm.forward(x, past=past, **options)
-            past, x = given.past, given.logits[:, -1:].argmax(-1).cpu()
+            past, x = given.past, given.logits[:, -1:].argmax(-1)
             out.append(int(x))
         return self.bare.tokenizer.decode(row[1:2 * m].tolist())[-200:] + " >>> " + self.bare.tokenizer.decode(out)
 
