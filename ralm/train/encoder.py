@@ -61,6 +61,13 @@ class Trainable:
         rest = {n: p for n, p in named.items() if p.ndim <= 1}
         return [Group(name, wide, lr, weight_decay=0.01), Group(f"{name} norms", rest, lr)]
 
+    def freeze(self, role: str) -> None:
+        """One side of two separate encoders stays as it is. Raises UsageError where both sides are one."""
+        routes = getattr(self.model[0], "sub_modules", None)
+        if routes is None or ROLES[role] not in routes:
+            raise UsageError(f"the encoder of {role} texts cannot be frozen: queries and passages share it; use separate = true")
+        routes[ROLES[role]].requires_grad_(False)
+
     def encode(self, texts: Sequence[str], role: str, size: int = 0, cached: bool = True) -> Tensor:
         """float [N, D] with gradients, `size` texts at a time (0: all) in order of length.
 

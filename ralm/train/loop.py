@@ -202,10 +202,13 @@ class _Run:
             self._resume()
         elif self.world.main:
             (self.folder / "state.safetensors").unlink(missing_ok=True)
-        with _threads(self.pool), _signals(self), self._files(), self._bar() as advance:
-            self._loop(until, advance)
-        if self.pool is not None:
-            self.pool.shutdown()
+        try:
+            with _threads(self.pool), _signals(self), self._files(), self._bar() as advance:
+                self._loop(until, advance)
+        finally:
+            self.task.close()
+            if self.pool is not None:
+                self.pool.shutdown()
         if self.stop is not None:
             signal.raise_signal(self.stop)
         return self.trained()

@@ -27,6 +27,9 @@ TASKS = {  # kind: where its task is, called with (recipe, data folder, run's fo
     "realm": ("ralm.train.joint_async:Realm", "a retriever and a masked language model, together"),
     "realm-qa": ("ralm.train.realm_qa:OpenQA", "a span reader and a query encoder, over passages that stay"),
     "trime": ("ralm.train.joint_in_batch:Trime", "a decoder whose memory is the batch: its tokens' states as keys"),
+    "replug-lsr": ("ralm.train.sequential:Lsr", "a retriever, from a frozen language model's judgement of passages"),
+    "ra-dit-lm": ("ralm.train.sequential:Reading", "a language model, to read what a frozen retriever finds"),
+    "rag": ("ralm.train.rag:Rag", "a query encoder and a generator, over passages whose encoder stays"),
     "retro": ("ralm.train.retro:Training", "a decoder that reads neighbours"),
 }
 ALONE = {  # kinds with a loop of their own, run as `python -m MODULE RECIPE`

@@ -137,3 +137,6 @@ class Task:
     def state(self) -> Mapping[str, Tensor]:
         """Tensors of the task's own that are saved with the run (an average of weights, a queue) and written to in resuming."""
         return {}
+
+    def close(self) -> None:
+        """After the run, however it ended: let go of processes and files."""
