@@ -11,7 +11,8 @@ _HOME = {
     "Scored": "ralm.types", "RALM": "ralm.model", "Datastore": "ralm.what.datastore", "read": "ralm.what.read",
     "retriever": "ralm.index", "BM25": "ralm.index.sparse", "TFIDF": "ralm.index.sparse", "Dense": "ralm.index.dense",
     "load_lm": "ralm.lm", "fusion": "ralm.how", "schedule": "ralm.when", "Once": "ralm.when", "EveryN": "ralm.when",
-    "Adaptive": "ralm.when", "TokenStore": "ralm.what.token_store", "RalmError": "ralm.errors",
+    "Adaptive": "ralm.when", "TokenStore": "ralm.what.token_store",
+    "NeighbourStore": "ralm.what.neighbours", "RalmError": "ralm.errors",
 }
 __all__ = [*_HOME]
 

