@@ -85,7 +85,8 @@ class DualEncoder(Task):
             out[n, :min(k, len(given))] = given[:k]
         bare = (out < 0).all(1)
         if bare.any():
-            out[bare] = mined(self.pairs, k, folder, self.how.depth)[bare]
+            with ranks.world().first():
+                out[bare] = mined(self.pairs, k, folder, self.how.depth)[bare]
         return out
 
     def _prepare(self, data: Data, root: Path, folder: Path) -> None:
@@ -97,13 +98,13 @@ class DualEncoder(Task):
             more += read_pairs(root / name).passages
         self.held = HeldOut(asked, more, data.questions)
         kept = folder / "baselines.npz"
-        if not kept.is_file() and ranks.world().main:
-            progress.note(f"before training: BM25 and the untrained encoder on {len(self.held.queries):,} held-out questions, "
-                          f"{len(self.held.passages):,} passages")
-            part = kept.with_suffix(".part.npz")
-            np.savez(part, bm25=self.held.bm25(), untrained=self._found(), allow_pickle=False)
-            part.replace(kept)
-        ranks.world().wait()
+        with ranks.world().first():
+            if not kept.is_file():
+                progress.note(f"before training: BM25 and the untrained encoder on {len(self.held.queries):,} held-out questions, "
+                              f"{len(self.held.passages):,} passages")
+                part = kept.with_suffix(".part.npz")
+                np.savez(part, bm25=self.held.bm25(), untrained=self._found(), allow_pickle=False)
+                part.replace(kept)
         with np.load(kept, allow_pickle=False) as z:
             self.beside = {name: z[name] for name in ("bm25", "untrained")}
         if len(self.beside["bm25"]) != len(self.held.queries):

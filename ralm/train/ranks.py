@@ -3,13 +3,15 @@
     world = ranks.world()      # rank 0 of 1 where nothing launched several
     world.mean_(tensors)       # in place, the same on every rank afterwards
     world.gather(x_ND)         # [size * N, D], with gradients to the rank each row came from
+    with world.first(): ...    # what one rank makes and the others then find made
 
 Every rank takes its share of a step's parts, so that the mean over ranks is the gradient of the whole batch."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -38,6 +40,14 @@ class World:
 
     def wait(self) -> None:
         """Until every rank is here."""
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """What one rank makes and the others then find made: the main one goes first, the others after it, one by one."""
+        for rank in range(self.size):
+            if rank == self.rank:
+                yield
+            self.wait()
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
         """Each tensor's mean over the ranks, in place; one message per data type."""

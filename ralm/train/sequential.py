@@ -143,7 +143,8 @@ class Sequential(Task):
         if bool(d.questions) == bool(d.texts):
             raise UsageError("[data] needs questions or texts, one of them")
         if d.texts:
-            store = Datastore.build(path, read(*(root / name for name in d.texts)), split=d.split)
+            with ranks.world().first():
+                store = Datastore.build(path, read(*(root / name for name in d.texts)), split=d.split)
             other = read(*(root / name for name in d.held_out)) if d.held_out else ()
             return (store, continuations(store.documents(), self.lm, d.query, d.target),
                     continuations(other, self.lm, d.query, d.target, d.asked))
@@ -152,21 +153,22 @@ class Sequential(Task):
             for name in names:
                 into.take(read_pairs(root / name))
         every = dict.fromkeys([*pairs.passages, *held.passages])
-        store = Datastore.build(path, (Document(str(i), p.text, title=p.title) for i, p in enumerate(every)), split="none")
+        with ranks.world().first():
+            store = Datastore.build(path, (Document(str(i), p.text, title=p.title) for i, p in enumerate(every)), split="none")
         return store, questions(pairs, self.lm), questions(held, self.lm, d.asked)
 
     def _before(self) -> dict[str, np.ndarray]:
         """What held-out examples come to with the retriever and the model as they are before training, once a run."""
         kept = self.folder / "before.npz"
-        if not kept.is_file() and ranks.world().main and self.held:
-            progress.note(f"before training: {len(self.held)} held-out examples, {len(self.passages):,} passages")
-            part = kept.with_suffix(".part.npz")
-            self.first = Snapshot.of(self.encoder, self.passages, 0)
-            np.savez(part, allow_pickle=False, **self._held(self.first))
-            part.replace(kept)
-        ranks.world().wait()
         if not self.held:
             return {}
+        with ranks.world().first():
+            if not kept.is_file():
+                progress.note(f"before training: {len(self.held)} held-out examples, {len(self.passages):,} passages")
+                part = kept.with_suffix(".part.npz")
+                self.first = Snapshot.of(self.encoder, self.passages, 0)
+                np.savez(part, allow_pickle=False, **self._held(self.first))
+                part.replace(kept)
         with np.load(kept, allow_pickle=False) as z:
             return dict(z)
 

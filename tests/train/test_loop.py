@@ -402,3 +402,18 @@ def test_talk(tmp_path, monkeypatch):
 def test_by_the_clock(tmp_path):
     _, said = run(tmp_path, {"train": {"minutes": 0.004, "batch": 12, "save_minutes": 0.001}})
     assert said["finished"] and said["steps"] > 2 and said["seconds"] <= 5
+
+
+def test_first_goes_one_after_the_other():
+    order = []
+
+    def one(world):
+        with world.first():
+            order.append(world.rank)
+
+    workers = [threading.Thread(target=one, args=(w,)) for w in reversed(Rank.several(3))]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join()
+    assert order == [0, 1, 2]
