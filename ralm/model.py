@@ -237,8 +237,9 @@ class RALM:
 
     def explain(self, text: str, *, prompt: str = "", window: int | None = None, stride: int | None = None,
                 exclude: Sequence[str] = (), query: str | None = None, neighbours: int = 8) -> Provenance:
-        """Per token: ln p of the model alone, ln p of the system, and what moved it: the passages in force, and for fusions at the
-        output the `neighbours` of largest weight; per document: what it contributed (provenance.py).
+        """Per token: ln p of the model alone, ln p of the system, and what moved it: the passages in force, or the neighbours of
+        chunks and what is copied from them; for fusions at the output the `neighbours` of largest weight; per document: what it
+        contributed (provenance.py).
 
         The model alone sees the same windows of text as the system, so that evidence is the only difference."""
         from ralm.provenance import Provenance

@@ -69,6 +69,7 @@ class Provenance:
     convention: Mapping[str, Any] = field(default_factory=dict)  # of the system's scoring (as Scored.convention)
     under: np.ndarray | None = None  # int64 [T]: which of `evidence` is in force (as Scored.under)
     copied: list[Copy | None] | None = None  # per token, where the system reads neighbours of chunks
+    places: np.ndarray | None = None  # int64 [T]: of the stored token that each run ends with; the next one's is one more
 
     @staticmethod
     def of(ralm: RALM, text: str, most: int = 8, **settings: Any) -> Provenance:
@@ -86,7 +87,8 @@ class Provenance:
         made = Provenance(pieces, alone.logp, system.logp, system.at, system.evidence, _moved(ralm, system, alone),
                           convention=system.convention, under=system.under)
         if innermost(ralm.how).how == "intermediate":
-            made = replace(made, copied=_copies(ralm, run, system))
+            copied, places = _copies(ralm, run, system)
+            made = replace(made, copied=copied, places=places)
         return made if asking(ralm.how, "tokens") is None else _with_neighbours(made, ralm, run, system, most)
 
     @property
@@ -95,12 +97,14 @@ class Provenance:
         return self.logp - self.logp_lm
 
     def copies(self, least: int = 2) -> list[tuple[int, Copy]]:
-        """(last token, run) of the copied runs that the next token does not carry on, in the order of the text."""
-        from ralm.how.copied import longest
+        """(last token, run) of the whole runs of at least so many tokens, in the order of the text; neighbours of several chunks
+        may hold a part each. They overlap where different places hold the same tokens."""
+        from ralm.how.copied import joined
 
-        found = self.copied or []
-        ends = longest(np.array([0 if c is None else c.tokens for c in found]), self.under, least)
-        return [(t, found[t]) for t, _ in ends]
+        found, out = self.copied or [], []
+        for first, stop, begin in joined(np.array([0 if c is None else c.tokens for c in found], np.int64), self.places, least):
+            out.append((stop - 1, replace(found[stop - 1], tokens=stop - first, start=found[begin].start)))
+        return out
 
 
 def _moved(ralm: RALM, system: Scored, alone: Scored) -> dict[str, float]:
@@ -114,12 +118,13 @@ def _moved(ralm: RALM, system: Scored, alone: Scored) -> dict[str, float]:
     return dict(sorted(moved.items(), key=lambda pair: -pair[1]))
 
 
-def _copies(ralm: RALM, run: Run, system: Scored) -> list[Copy | None]:
-    """Per token the longest run that ends with it and stands in a neighbour in force."""
+def _copies(ralm: RALM, run: Run, system: Scored) -> tuple[list[Copy | None], np.ndarray]:
+    """Per token the longest run that ends with it and stands in a neighbour in force, and the place of its last token."""
     from ralm.how.copied import runs
     from ralm.when import window_of
 
     out: list[Copy | None] = [None] * len(system.tokens)
+    places = np.full(len(system.tokens), -1, np.int64)
     ids, stored = np.array(run.ids), _Stored(ralm)
     for i in np.unique(system.under[system.under >= 0]).tolist():
         e, under = system.evidence[i], np.flatnonzero(system.under == i) + run.prompt
@@ -129,8 +134,8 @@ def _copies(ralm: RALM, run: Run, system: Scored) -> list[Copy | None]:
         found = runs(ids, int(under[0]), int(under[-1]) + 1, *ralm.neighbours.gather(e.ids), begin=context)
         for t, (n, neighbour, last) in zip(under.tolist(), zip(*(a.tolist() for a in found))):
             if n:
-                out[t - run.prompt] = stored.copy(int(e.ids[neighbour]), last, n)
-    return out
+                out[t - run.prompt], places[t - run.prompt] = stored.copy(int(e.ids[neighbour]), last, n)
+    return out, places
 
 
 class _Stored:
@@ -140,15 +145,17 @@ class _Stored:
         self.neighbours, self.tokenizer = ralm.neighbours, ralm.lm.tokenizer
         self.seen: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = {}
 
-    def copy(self, chunk: int, last: int, n: int) -> Copy:
-        """The n tokens up to the one at `last` of a chunk and what follows it."""
+    def copy(self, chunk: int, last: int, n: int) -> tuple[Copy, int]:
+        """The n tokens up to the one at `last` of a chunk and what follows it, and the place of that one."""
         at = max(i for i, (_, offset) in enumerate(self.neighbours.leaves) if offset <= chunk)
-        (name,), first = self.neighbours.documents([chunk]), int(self.neighbours.places(np.array([chunk]))[1][0])
+        number, first = (int(x[0]) for x in self.neighbours.places(np.array([chunk])))
+        (name,) = self.neighbours.documents([chunk])
         if (at, name) not in self.seen:
             leaf, _ = self.neighbours.leaves[at]
             self.seen[at, name] = spans(self.tokenizer, leaf.store.document(name).text)[1:]
         starts, ends = self.seen[at, name]
-        return Copy(n, name, int(starts[first + last - n + 1]), int(ends[first + last]), chunk)
+        token = first + last
+        return Copy(n, name, int(starts[token - n + 1]), int(ends[token]), chunk), (number << 32) + token
 
 
 def _pieces(tokenizer: Any, text: str, ids: Sequence[int]) -> list[str]:

@@ -224,7 +224,7 @@ class Run:
         windows overlap, so chunks are remembered by their tokens."""
         from ralm.lm.chunks import complete
 
-        m = self.ralm.neighbours.m
+        m = self.ralm.lm.m
         if context + n >= self.range.stop:
             raise RalmError(f"{type(self.ralm.how).__name__} asks for neighbours of the text before token {context + n}, tokens "
                             f"{self.range.start} to {self.range.stop - 1} are computed; a fusion must fetch for the segments it "
@@ -250,11 +250,11 @@ class Run:
             return np.array([which.get(at, -1) for at in self.force], np.int64)
         from ralm.lm.chunks import attended
 
-        out = []
+        out, m = [], self.ralm.lm.m
         for t in range(self.prompt, self.prompt + len(self.force)):
             context = window_of(t, self.size, self.stride)[0]
-            u = attended(t - context, self.ralm.neighbours.m)
-            out.append(-1 if u < 0 else self.chunks[self._chunk(context, u, self.ralm.neighbours.m)][1])
+            u = attended(t - context, m)
+            out.append(-1 if u < 0 else self.chunks[self._chunk(context, u, m)][1])
         return np.array(out, np.int64)
 
     def _query(self, at: int) -> str:
@@ -299,7 +299,7 @@ class _Fetch:
         from ralm.how.rows import Beside
 
         found = self.run.ralm.neighbours
-        return Beside((self.run._look(self.context, n, k),), found.gather, found.m)
+        return Beside((self.run._look(self.context, n, k),), found.gather, self.run.ralm.lm.m)
 
     def __call__(self, queries: Sequence[str] | None, k: int, s: Segment) -> Hits:
         return self.run._fetch(queries, k, self.context + s.at)

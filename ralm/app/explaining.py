@@ -172,7 +172,7 @@ def _copied(data: dict[str, Any], text: str) -> Iterator[str]:
     yield "copied spans, the longest"
     words = [t["text"] for t in data["tokens"]]
     rows = [[f"{c['tokens']}", f"{c['nats']:+.2f}", f"{c['document']} {c['start']}–{c['end']}",
-             _flat("".join(words[c["first"]:c["stop"]]))[-60:]] for c in found[:SHOWN]]
+             _flat("".join(words[c["first"]:c["stop"]]))[:60]] for c in found[:SHOWN]]
     yield from table(rows, ["tokens", "nats", "document, characters", "text"], right=[0, 1])
 
 

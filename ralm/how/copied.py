@@ -38,10 +38,24 @@ def runs(ids_T: np.ndarray, first: int, stop: int, tokens_KR: np.ndarray, mask_K
     return out
 
 
-def longest(length_T: np.ndarray, source_T: np.ndarray, least: int = 2) -> list[tuple[int, int]]:
-    """(last token, length) of the runs that the next token does not carry on, at least so long; in the order of the text.
+def joined(length_T: np.ndarray, place_T: np.ndarray, least: int = 2) -> list[tuple[int, int, int]]:
+    """The tokens [first, stop) of runs of at least so many, each one after the other in one stored document; in the order of the
+    text. They may overlap, in different places; first is below 0 for a run that begins before the text. With each the token whose
+    own run begins there too.
 
-    source: what each token's run was looked for in; a run that goes on in another's neighbours ends there."""
-    T = len(length_T)
-    return [(i, int(n)) for i, n in enumerate(length_T)
-            if n >= least and not (i + 1 < T and source_T[i + 1] == source_T[i] and length_T[i + 1] == n + 1)]
+    place: where the last token of each token's run is stored, counted so that the next token of the document is one further. A run
+    that was looked for in [N, F] ends where these end; the next chunk's neighbours may carry it on, and reach back over a gap."""
+    made: list[list[int]] = []
+    last: dict[int, list[int]] = {}  # by how much further the document is than the text
+    for t, n in enumerate(length_T.tolist()):
+        if not n:
+            continue
+        shift, first = int(place_T[t]) - t, t + 1 - n
+        run = last.get(shift)
+        if run is None or run[1] < first:
+            run = last[shift] = [first, t + 1, t]
+            made.append(run)
+        elif first < run[0]:
+            run[0], run[2] = first, t
+        run[1] = t + 1
+    return [(first, stop, begin) for first, stop, begin in sorted(made) if stop - first >= least]

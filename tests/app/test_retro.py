@@ -64,6 +64,10 @@ def test_score_reads_neighbours_and_none_is_off(ralm, held, spec, tiny, texts):
     told = on["convention"]
     assert told["retriever"] == "bm25" and (told["m"], told["k"]) == (12, 2) and "chunks of 12 tokens" in told["neighbours"]
     assert on["passages_read"] > 2
+    assert on["overlap"]["chunks"] == -(-on["tokens"] // 12) and on["overlap"]["nearest"] == 10 and "overlap" not in off
+    assert on["curve"][-1]["bits_per_byte"] == pytest.approx(on["bits_per_byte"]) and 0 < on["overlap"]["common_tokens"] <= 1
+    out = ralm("score", held, texts, "--lm", spec, "--how", "retro:k=2").out
+    assert "the longest common run is" in out and "(their share of the bytes)" in out
     for other in (["--how", "retro:k=1"], ["--how", "retro:k=2", "--retriever", "dense:static"], ["--how", f"retro:k=2+{KNN}"]):
         more = ralm("score", held, texts, "--lm", spec, *other, "--json").json
         assert abs(more["nats_per_token"] - on["nats_per_token"]) > 1e-4, other

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ralm.how.copied import longest, runs
+from ralm.how.copied import joined, runs
 
 
 def naive(ids, i, tokens, mask, begin):
@@ -40,9 +40,19 @@ def test_a_run_reaches_back_before_the_tokens_in_question_and_over_the_end_of_a_
     got = runs(ids, 3, 7, tokens, mask)
     assert got.length.tolist() == [3, 4, 0, 1] and got.neighbour.tolist()[:2] == [1, 1] and got.last.tolist()[:2] == [2, 3]
     assert runs(ids, 3, 7, tokens, mask, begin=2).length.tolist() == [2, 3, 0, 1]
-    assert longest(got.length, np.zeros(4, int)) == [(1, 4)]
-    assert longest(got.length, np.array([0, 1, 1, 1])) == [(0, 3), (1, 4)]  # looked for in other neighbours from there on
-    assert longest(got.length, np.zeros(4, int), least=1) == [(1, 4), (3, 1)]
+
+
+def test_runs_go_on_where_the_document_goes_on():
+    length = np.array([3, 4, 0, 1, 2, 2, 1, 1])
+    place = np.array([10, 11, 0, 55, 56, 57, 90, 40])  # the sixth token was looked for elsewhere, and stands behind the fifth
+    assert joined(length, place) == [(-2, 2, 0), (3, 6, 3)]
+    assert joined(length, place, least=1) == [(-2, 2, 0), (3, 6, 3), (6, 7, 6), (7, 8, 7)]
+    assert joined(np.array([1, 0, 0, 4, 0]), np.array([7, 0, 0, 10, 0])) == [(0, 4, 0)]  # one place, found again behind a gap
+    assert joined(np.array([0, 1, 0, 4, 1]), np.array([0, 8, 0, 10, 11])) == [(0, 5, 3)]  # and further back than before
+    assert joined(np.array([1, 0, 1]), np.array([7, 0, 9]), least=1) == [(0, 1, 0), (2, 3, 2)]  # the gap is none of it
+    assert joined(length, place, least=4) == [(-2, 2, 0)]
+    assert joined(np.array([2, 2]), np.array([5, 9])) == [(-1, 1, 0), (0, 2, 1)]  # two places
+    assert joined(np.zeros(3, int), np.zeros(3, int)) == joined(np.zeros(0, int), np.zeros(0, int)) == []
 
 
 def test_padding_is_no_token():
