@@ -34,7 +34,7 @@ def lines(data: Mapping[str, Any]) -> Iterator[str]:
     yield from system_lines(data)
     if data["overlap"]:
         yield ""
-        yield from overlap_lines(data)
+        yield from overlap_lines(data["overlap"], {r["name"]: r["curve"] for r in data["systems"] if r["curve"]})
     yield ""
     yield from evidence_lines(data)
     yield ""
@@ -53,18 +53,16 @@ def system_lines(data: Mapping[str, Any]) -> list[str]:
     return table(rows, ["system", "ppl per token", "bits per byte", "saved", "text", "retrievals", "time"], right=range(1, 7))
 
 
-def overlap_lines(data: Mapping[str, Any]) -> Iterator[str]:
-    """How much of the texts is stored, and bits per byte where chunks that are copied are left out."""
-    o = data["overlap"]
+def overlap_lines(o: Mapping[str, Any], curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Iterator[str]:
+    """How much of the texts is stored, and bits per byte of each system where chunks that are copied are left out."""
     yield (f"of {count(o['chunks'], 'chunk')} of {o['m']} tokens, beside the {o['nearest']} nearest stored ({o['retriever']}): the "
            f"longest common run is {100 * o['mean_run']:.1f} % of a chunk on average, above {100 * HALF:.0f} % in "
            f"{100 * o['copied']:.1f} % of chunks; {100 * o['common_tokens']:.1f} % of tokens occur there")
-    curves = {r["name"]: {p["alpha"]: p for p in r["curve"]} for r in data["systems"] if r["curve"]}
-    first = next(iter(curves.values()))
+    some = {name: [p for p in curve if p["alpha"] in FEW] for name, curve in curves.items()}
     head = ["bits per byte of chunks with a run of at most", *(f"{100 * a:g} %" for a in FEW)]
-    rows = [[name, *(number(curve[a]["bits_per_byte"]) for a in FEW)] for name, curve in curves.items()]
-    yield from table([*rows, ["(their share of the bytes)", *(f"{100 * first[a]['bytes']:.0f} %" for a in FEW)]], head,
-                     right=range(1, len(head)))
+    rows = [[name, *(number(p["bits_per_byte"]) for p in curve)] for name, curve in some.items()]
+    share = ["(their share of the bytes)", *(f"{100 * p['bytes']:.0f} %" for p in next(iter(some.values())))]
+    yield from table([*rows, share], head, right=range(1, len(head)))
 
 
 def evidence_lines(data: Mapping[str, Any], most: int | None = None) -> Iterator[str]:

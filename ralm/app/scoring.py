@@ -40,10 +40,11 @@ def score(store: StoreArg, /, *files: Files, lm: LM = "bundled:base", how: HowAr
 
     JSON: ppl (per token), bits_per_byte, nats_per_token, tokens, bytes, convention, seconds; word_ppl, words, documents, intervals,
     retrievals (of passages, and of neighbours of tokens), tokens_searched, passages_read, passages_cut, excluded_documents,
-    rows [{id, nats, tokens, words, bytes, ...}], version. With --compare: systems [{name, how, lm, the same figures, difference
-    (bits per byte it saves of the first's), interval, window, text, stride, evidence [{text, bits_per_byte, read, documents {id:
-    what it moved}}], curve [{alpha, bits_per_byte, bytes, chunks}]}], overlap {mean_run, copied, common_tokens, chunks, m, nearest,
-    retriever} where there are neighbours, documents, bytes, window, stride, seconds, version."""
+    rows [{id, nats, tokens, words, bytes, ...}], version. With --how retro: overlap {mean_run, copied, common_tokens, chunks, m,
+    nearest, retriever}, how much of the texts is stored, and curve [{alpha, bits_per_byte, bytes, chunks}] without copied chunks.
+    With --compare: systems [{name, how, lm, the same figures, curve, difference (bits per byte it saves of the first's), interval,
+    window, text, stride, evidence [{text, bits_per_byte, read, documents {id: what it moved}}]}], overlap where there are
+    neighbours, documents, bytes, window, stride, seconds, version."""
     from ralm.eval.perplexity import evaluate_perplexity
 
     positive("--window", window)
@@ -67,11 +68,24 @@ def score(store: StoreArg, /, *files: Files, lm: LM = "bundled:base", how: HowAr
         system = parts.system(lm, how, when, where, window)
         if system.how.how != "none" and not exclude_self:
             _warn(parts.kb, texts)
-        result = evaluate_perplexity(system, texts, window=window, stride=stride, exclude_self=exclude_self, ledger=save)
+        near = system.neighbours
+        result = evaluate_perplexity(system, texts, window=window, stride=stride, exclude_self=exclude_self, ledger=save,
+                                     m=None if near is None else near.m)
+        if near is not None:
+            result |= _overlap(system, texts, result["rows"])
         result["rows"] = _rows(result["rows"])
         shown = _lines
     data = result | {"version": parts.kb.version, "skipped": [skip(s) for s in skipped]}
     out.show(data, lambda: shown(data))
+
+
+def _overlap(system: Any, texts: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How much of the texts stands in the neighbour database, and bits per byte where copied chunks are left out."""
+    from ralm.eval.compare import chunk_nats, told
+    from ralm.eval.leakage import leaks
+
+    found = leaks(system.neighbours, system.lm.tokenizer, texts, {r["id"]: r["excluded"] for r in rows}, system.where)
+    return {"overlap": told(found, system.neighbours), "curve": found.curve(chunk_nats(rows))}
 
 
 def _warn(kb: Any, texts: list[Any]) -> None:
@@ -106,6 +120,9 @@ def _lines(data: dict[str, Any]) -> Iterator[str]:
         yield from table(rows, ["document", "tokens", "nats per token"], right=[1, 2])
         if len(data["rows"]) > SHOWN:
             yield f"… and {len(data['rows']) - SHOWN:,} more (--json lists all)"
+    if "overlap" in data:
+        yield ""
+        yield from comparing.overlap_lines(data["overlap"], {data["convention"]["how"]: data["curve"]})
     yield ""
     yield "convention"
     yield from ("  " + line for line in facts({k: v for k, v in data["convention"].items() if v is not None}))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ralm import progress
 from ralm.errors import UsageError
 from ralm.eval.interval import interval
-from ralm.eval.leakage import NEAREST, leaks
+from ralm.eval.leakage import NEAREST, Leaks, leaks
 from ralm.eval.perplexity import _documents, evaluate_perplexity, own_documents
 from ralm.index.suffix_parts import tokenizer_fingerprint
 from ralm.types import Document
@@ -89,6 +89,11 @@ def _leaks(systems: Mapping[str, RALM], out: Sequence[dict[str, Any]], alike: Ma
     found = leaks(neighbours, system.lm.tokenizer, documents, own, system.where)
     for row in out:
         row["curve"] = found.curve(chunk_nats(row["rows"])) if row in some else None
+    return told(found, neighbours)
+
+
+def told(found: Leaks, neighbours: Any) -> dict[str, Any]:
+    """The statistics of an overlap, and what they were measured with."""
     return found.overlap.statistics() | {"m": neighbours.m, "nearest": NEAREST, "retriever": neighbours.retriever}
 
 
