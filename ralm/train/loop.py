@@ -176,7 +176,7 @@ class _Run:
                 if find_spec("tensorboard"):
                     from torch.utils.tensorboard import SummaryWriter
 
-                    self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.state.step)
+                    self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.state.step + 1)
             try:
                 yield
             finally:
