@@ -41,6 +41,7 @@ class ReaderConfig:
     stride: int = 176
     max_span: int = 20
     bilinear: int = 64
+    layers: int = 0  # of the base, its first so many; 0: all
     retriever_weight: float = 1.0  # of the retriever's log-prior beside the relevance logit, fitted on held-out data
     abstain_above: float = 0.0  # abstain where ln p_null - ln p_best is above; fitted on held-out articles, passage given
     abstain_above_retrieved: float = 0.0  # the same for retrieved passages, most of which are about something else
@@ -104,9 +105,10 @@ class ReaderModel(nn.Module):
         transformers = need("transformers", "the span reader", "lm")
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()  # a library does not talk
+        fewer = {"num_hidden_layers": config.layers} if config.layers else {}
         self.bert: BertModel = transformers.AutoModel.from_pretrained(
             base_folder(config), attn_implementation="sdpa", add_pooling_layer=False, dtype=torch.float32,
-            attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0)  # few epochs, averaged weights: only costs time
+            attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0, **fewer)  # few epochs, averaged weights: only costs time
         self.bert.embeddings.requires_grad_(False)
         self.head = SpanHead(self.bert.config.hidden_size, config.bilinear)
         self.max_span = config.max_span
