@@ -198,6 +198,40 @@ def test_a_cache_never_takes_rows_for_those_read_beside_others(retro, neighbours
     assert cache.steps > 20
 
 
+def test_what_was_read_beside_is_restored_with_a_mark(retro, neighbours):
+    """Back at a mark, inside a chunk or behind one, the same row goes on by a step; a row beside others is read again."""
+    m, row, cache = retro.m, [retro.bos, *range(7, 37)], PrefixCache(retro)
+
+    def read(n, way=(3, 8)):
+        beside = Beside((((way,) * (n // m)),), neighbours.gather, m)
+        (ours, _), = state_rows(cache, [row[:n]], [n], None, beside)
+        assert distance(ours, logp_rows(retro, [row[:n]], [n], beside)[0]) < 1e-4
+
+    for n in (9, 11, 12, 13, 17):
+        read(n)
+        mark, prefills = cache.mark(), cache.prefills
+        for more in (1, 2, 7, 8):
+            read(n + more)
+        cache.restore(mark)
+        read(n + 3)
+        assert cache.prefills == prefills
+        read(n + 3, (3, 9 + n))
+        assert cache.prefills == prefills + 1
+
+
+def test_rows_that_leave_and_change_places_stay_one_batch(retro, neighbours):
+    """Beams and texts that end: each row is known by its tokens and by what it was read beside, wherever it stands."""
+    m, cache = retro.m, PrefixCache(retro, moving=True)
+    rows = [[retro.bos, *range(7 + i, 24 + i)] for i in range(3)] + [[retro.bos, *range(7, 24)]]
+    ways = [(3, 8), (1, -1), (-1, -1), (20, 4)]  # the last row has the first one's tokens beside other neighbours
+    for order in ([0, 1, 2, 3], [3, 0, 2], [1, 2, 0], [2, 2, 1, 0], [3, 1], [1], [0, 0, 0]):
+        rows, ways = [[*rows[i], 50 + n] for n, i in enumerate(order)], [ways[i] for i in order]
+        beside = Beside(tuple((way,) * (len(r) // m) for way, r in zip(ways, rows)), neighbours.gather, m)
+        for i, (ours, _) in enumerate(cache.state_rows(rows, [len(r) for r in rows], None, beside)):
+            assert distance(ours, logp_rows(retro, [rows[i]], [len(rows[i])], beside.some([i]))[0]) < 1e-4
+    assert (cache.prefills, cache.steps) == (1, 6)
+
+
 def test_rows_of_a_batch_are_each_row_alone(retro, neighbours):
     g, m = torch.Generator().manual_seed(1), retro.m
     rows = [[retro.bos, *torch.randint(1, 290, (n,), generator=g).tolist()] for n in (3, 29, 11, 17, 23)]
