@@ -12,7 +12,8 @@ A neighbour of a row must not hold what the row is about to predict. exclude="do
 exclude="row": neighbours of the same documents are allowed where neither N nor F touches the row's own tokens.
 
 Hits are asked for deeper than k and filtered: a row has few documents, and asking for 64 costs little more than asking for 2. A
-query that lacks some is asked again, deeper, and at last with its documents excluded in the search, so nothing is missed."""
+query that lacks some is asked again, deeper, and at last with its documents excluded in the search, so nothing is missed.
+(A fusion ranks what its parts found for it; hits of it that are filtered are not quite those of a filtered fusion.)"""
 
 from __future__ import annotations
 
