@@ -139,23 +139,30 @@ def _copies(ralm: RALM, run: Run, system: Scored) -> tuple[list[Copy | None], np
 
 
 class _Stored:
-    """Tokens of chunks as characters of their documents; a document is cut into tokens once."""
+    """Tokens of chunks as characters of their documents; a document is cut into tokens once, a chunk looked up once."""
 
     def __init__(self, ralm: RALM):
         self.neighbours, self.tokenizer = ralm.neighbours, ralm.lm.tokenizer
         self.seen: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = {}
+        self.chunks: dict[int, tuple[str, int, int, np.ndarray, np.ndarray]] = {}
 
     def copy(self, chunk: int, last: int, n: int) -> tuple[Copy, int]:
         """The n tokens up to the one at `last` of a chunk and what follows it, and the place of that one."""
+        if chunk not in self.chunks:
+            self.chunks[chunk] = self._of(chunk)
+        name, number, first, starts, ends = self.chunks[chunk]
+        token = first + last
+        return Copy(n, name, int(starts[token - n + 1]), int(ends[token]), chunk), (number << 32) + token
+
+    def _of(self, chunk: int) -> tuple[str, int, int, np.ndarray, np.ndarray]:
+        """Document, its number, which of its tokens the chunk begins with, and where all its tokens start and end."""
         at = max(i for i, (_, offset) in enumerate(self.neighbours.leaves) if offset <= chunk)
         number, first = (int(x[0]) for x in self.neighbours.places(np.array([chunk])))
         (name,) = self.neighbours.documents([chunk])
         if (at, name) not in self.seen:
             leaf, _ = self.neighbours.leaves[at]
             self.seen[at, name] = spans(self.tokenizer, leaf.store.document(name).text)[1:]
-        starts, ends = self.seen[at, name]
-        token = first + last
-        return Copy(n, name, int(starts[token - n + 1]), int(ends[token]), chunk), (number << 32) + token
+        return name, number, first, *self.seen[at, name]
 
 
 def _pieces(tokenizer: Any, text: str, ids: Sequence[int]) -> list[str]:
