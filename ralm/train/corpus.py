@@ -10,7 +10,7 @@
             texts = ["news.jsonl.zst"]         # what is masked, where that is not the corpus itself
             split = "markdown:400"             # how documents are cut
             documents = 0                      # of each corpus file, evenly spread; 0: all
-            train = ["qa/squad.json.zst"]      # questions to learn from (realm-qa), about those of their paragraphs that the corpus has
+            train = ["qa/squad.json.zst"]      # questions to learn from (realm-qa), about paragraphs of the corpus
             held_out = ["qa/dev.json.zst"]     # questions; their paragraphs are in the corpus, but no text of theirs is masked
             questions = 0                      # of the held-out ones, evenly spread; 0: all
             masks = 0                          # sentences of the held-out paragraphs that are masked in an evaluation"""

@@ -18,7 +18,9 @@ pytest.importorskip("sentence_transformers")
 from ralm.errors import FingerprintError, RalmError, UsageError  # noqa: E402
 from ralm.index import manifest  # noqa: E402
 from ralm.index.encode import encoder  # noqa: E402
+from ralm.lm.realm import Realm  # noqa: E402
 from ralm.train import recipes, toy  # noqa: E402
+from ralm.train.joint_async import Fresh, vectors  # noqa: E402
 from ralm.train.loop import fit  # noqa: E402
 from ralm.train.refresh import Index, _numbers  # noqa: E402
 
@@ -147,6 +149,26 @@ def test_retriever_learns_to_find_what_only_the_passage_says(world, tmp_path):
     written = encoder(str(tmp_path / "model" / "retriever"))
     np.testing.assert_allclose(written.encode(["tagi"], "query"), task.encoder.many(["tagi"], "query"), atol=1e-5)
     assert json.loads((tmp_path / "model" / "realm.json").read_text())["k"] == 6
+
+
+@pytest.mark.parametrize("per", ["sequence", "token"])
+def test_what_is_written_scores_what_training_minimised(world, tmp_path, per):
+    """-loss = score of the exported model, where the index is that of its weights; and it fills masks from what it reads."""
+    task, _ = run(recipe(world, loss={"per": per}, masking={"kind": "spans"}), world, tmp_path, until=1)
+    task.export(tmp_path / "model", {"recipe": {}, "evaluations": [], "kind": "realm", "steps": 1, "seconds": 0, "finished": False})
+    realm = Realm(tmp_path / "model", task.corpus.store)
+    task.refresher = Fresh(task.corpus.ids, vectors(task))
+    for e in task.batch(1)[0]:
+        with torch.no_grad():
+            loss, _ = task.loss([e])
+        at = e.sentence.lower().index(e.row.answer.lower())
+        end = at + len(e.row.answer)
+        assert realm.score(e.sentence, [(at, end)]) == pytest.approx(-float(loss), abs=2e-3)
+    said = realm.fill(task.batch(0)[0][0].row.query)
+    assert said.passages[0] is None and len(said.passages) == 5 and sum(said.weights) == pytest.approx(1)
+    assert all(w in realm.reader.tokenizer.get_vocab() for w in said.words) and said.logp < 0
+    with pytest.raises(UsageError, match="hold no word piece"):
+        realm.score("we know", [(40, 42)])
 
 
 def test_frozen_retriever_stays_and_the_reader_learns(world, tmp_path):
