@@ -43,8 +43,8 @@ _UNIT = (r"(?:percent|per\ cent|million|billion|trillion|thousand|hundred|dozen|
          r"|seconds?|miles?|metres?|meters?|km|m|cm|mm|feet|ft|inches|kg|g|tons?|tonnes?|pounds?|dollars?|euros?|people|men|women|students"
          r"|acres|hectares|degrees|votes|seats|K|°C|°F|°)")
 _NUMBER = re.compile(rf"""
-      (?<![\w.,]) (?: [$€£]\s?\d[\d,]*(?:\.\d+)?(?:\s(?:million|billion|trillion))?
-        | \d[\d,]*(?:\.\d+)?\s?% | \d[\d,]*(?:\.\d+)?[\s-]{_UNIT}(?!\w)(?:\s(?:miles?|km|metres?|people|dollars|years?))?
+      (?<![\w.,]) (?: [$€£]\s?\d+(?:,\d+)*(?:\.\d+)?(?:\s(?:million|billion|trillion))?
+        | \d+(?:,\d+)*(?:\.\d+)?\s?% | \d+(?:,\d+)*(?:\.\d+)?[\s-]{_UNIT}(?!\w)(?:\s(?:miles?|km|metres?|people|dollars|years?))?
         | \d{{1,3}}(?:,\d{{3}})+ | \d+\.\d+ | \d{{2,}} ) (?![\w]|[.,]\d)""", re.X)
 _WORD = r"(?:(?:[A-Z]\.){2,}|[A-ZÀ-ÖØ-Þ](?:[\w'’-]*\w|\.(?=\s[A-Z]))?)"
 _NAME = re.compile(rf"(?<![\w.’'-]){_WORD}(?:(?:\s(?:of|the|de|del|da|von|van|der|la|le|al|ibn)){{0,2}}\s{_WORD})*")
