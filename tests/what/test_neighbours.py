@@ -76,7 +76,7 @@ def test_n_and_f_are_the_tokens_of_one_document(kb, tokenizer):
 
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=60), min_size=1, max_size=5),
        m=st.integers(1, 5))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_a_chunk_is_characters_of_its_document(tmp_path_factory, tokenizer, texts, m):
     """Cut inside characters or not: the chunks of a document are its text, in order, nothing twice and nothing lost."""
     kb = Datastore.build(tmp_path_factory.mktemp("any") / "kb", documents(texts))
