@@ -117,7 +117,6 @@ class _Run:
             return
         from safetensors.torch import save_file
 
-        self.metrics.flush()
         os.fsync(self.metrics.fileno())
         self.state.metrics = os.fstat(self.metrics.fileno()).st_size
         tensors = {f"model.{n}": p.detach() for n, p in self.named.items()}
@@ -185,6 +184,7 @@ class _Run:
 
     def _write(self, line: Mapping[str, Any]) -> None:
         self.metrics.write(json.dumps(line) + "\n")
+        self.metrics.flush()  # whoever watches sees it at once
         if self.board is not None:
             for key, value in (line.get("evaluation") or line).items():
                 if isinstance(value, int | float) and key != "step":
@@ -228,7 +228,7 @@ class _Run:
         while self.done() < 1 and (until is None or self.state.step < until):
             stopped, line = self.step()
             losses.append(line["loss"])
-            self.before, self.state.seconds = self.state.seconds, time.monotonic() - began
+            self.before, self.state.seconds = self.state.seconds, self._clock(began)
             self._write(line | {"seconds": round(self.state.seconds, 3)})
             advance(1)
             step, now = self.state.step, self.state.seconds
@@ -246,6 +246,13 @@ class _Run:
         if self.done() >= 1 and not finished:
             self.evaluate()
         self.save()
+
+    def _clock(self, began: float) -> float:
+        """Seconds of the run: the main rank's, for what is due by the clock must be due on all."""
+        now = time.monotonic() - began
+        if self.world.size == 1:
+            return now
+        return float(self.world.sum_(torch.tensor([now if self.world.main else 0.0], dtype=torch.float64, device=self.device)))
 
     def step(self) -> tuple[bool, dict[str, Any]]:
         """One batch: (whether some rank was asked to stop, the step's line)."""
@@ -344,13 +351,13 @@ class _Run:
         if self.world.main:
             with torch.no_grad():
                 figures = dict(self.task.evaluate() or {})
-            self.state.evaluated = self.state.seconds
             if figures:
                 self._write({"step": self.state.step, "evaluation": figures})
                 numbers = {k: round(v, 5) for k, v in figures.items() if isinstance(v, int | float)}
                 self.state.evaluations.append({"step": self.state.step, "seconds": round(self.state.seconds)} | numbers)
                 progress.note(f"step {self.state.step}: " + ", ".join(f"{k} {v:g}" for k, v in numbers.items()))
             self.task.export(Path(self.settings.out or self.folder / "model"), self.trained())
+        self.state.evaluated = self.state.seconds  # on every rank
         self.world.wait()
 
     def trained(self) -> dict[str, Any]:

@@ -195,32 +195,44 @@ class Rank(ranks.World):
         self.shared["barrier"].wait()
 
 
-def test_ranks_take_their_share_and_agree(tmp_path, monkeypatch):
-    r = recipe(batch=16, micro=4, steps=6)
-    alone, _ = run(tmp_path / "alone", r)
+def together(monkeypatch, r, folder, size=2):
+    """The tasks of `size` ranks after fitting them side by side."""
     local = threading.local()
     monkeypatch.setattr(ranks, "world", lambda: local.world)
-    tasks, errors = [Regress(r), Regress(r)], []
+    tasks, errors = [Regress(r) for _ in range(size)], []
 
     def one(task, world):
         local.world = world
         try:
-            fit(task, r, tmp_path / "ranks")
+            task.said = fit(task, r, folder)
         except BaseException as e:
             errors.append(e)
             world.shared["barrier"].abort()
 
-    workers = [threading.Thread(target=one, args=pair) for pair in zip(tasks, Rank.several(2))]
+    workers = [threading.Thread(target=one, args=pair) for pair in zip(tasks, Rank.several(size))]
     for w in workers:
         w.start()
     for w in workers:
         w.join()
     assert errors == []
+    return tasks
+
+
+def test_ranks_take_their_share_and_agree(tmp_path, monkeypatch):
+    r = recipe(batch=16, micro=4, steps=6)
+    alone, _ = run(tmp_path / "alone", r)
+    tasks = together(monkeypatch, r, tmp_path / "ranks")
     for a, b, c in zip(*(t.net.parameters() for t in (alone, *tasks))):
         assert torch.equal(b, c)
         torch.testing.assert_close(a, b, atol=2e-3, rtol=1e-2)
     for a, b in zip(lines(tmp_path / "alone"), lines(tmp_path / "ranks")):
         assert a == pytest.approx(b, rel=1e-2) if "loss" in a else a["step"] == b["step"]
+
+
+def test_ranks_end_by_one_clock(tmp_path, monkeypatch):
+    train = {"minutes": 0.02, "batch": 8, "micro": 4, "evaluate_minutes": 0.004, "save_minutes": 0.003}
+    a, b = together(monkeypatch, {"train": train}, tmp_path)
+    assert a.said["steps"] == b.said["steps"] > 2 and a.said["finished"] and b.said["finished"]
 
 
 def test_gather_has_the_gradient_of_one_rank():
