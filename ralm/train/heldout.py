@@ -11,6 +11,7 @@ import numpy as np
 
 from ralm.eval.interval import interval
 from ralm.train.pairs import Holds, Pairs, Passage, bm25_top
+from ralm.train.snapshot import best
 
 KS = (1, 5, 20, 100)
 DEPTH = max(KS)
@@ -38,8 +39,7 @@ class HeldOut:
 
     def top(self, q_QD: np.ndarray, d_ND: np.ndarray) -> np.ndarray:
         """The passages of largest inner product, best first, ties by number; int32 [Q, DEPTH]."""
-        s_QN = q_QD @ d_ND.T
-        return np.argsort(-s_QN, axis=1, kind="stable")[:, :DEPTH].astype(np.int32)
+        return best(q_QD @ d_ND.T, DEPTH).astype(np.int32)
 
     def ranks(self, top_QK: np.ndarray) -> np.ndarray:
         """[Q, 2]: rank from 0 of the first passage that holds an answer (DPR), and of the first that is the question's own; DEPTH

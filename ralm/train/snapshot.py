@@ -67,7 +67,7 @@ class Snapshot:
         for s_N, documents in zip(s_BN, exclude):
             for d in documents:
                 s_N[self.passages.of(d)] = -np.inf
-        top = np.argsort(-s_BN, axis=1, kind="stable")[:, :k]
+        top = best(s_BN, k)
         there = np.isfinite(np.take_along_axis(s_BN, top, 1))
         out = np.full((len(q_BD), k), -1)
         out[:, :top.shape[1]] = np.where(there, top, -1)
@@ -104,6 +104,14 @@ class Snapshot:
             if said.get(key) != value:
                 raise FingerprintError(f"{path} is the index of other {key} ({said.get(key)}, this run's is {value}); begin anew")
         return Snapshot(passages, vectors.to(device), step, weights)
+
+
+def best(s_BN: np.ndarray, k: int) -> np.ndarray:
+    """Columns of the k largest of each row, best first, equal ones by number; int64 [B, min(k, N)]."""
+    k = min(k, s_BN.shape[1])
+    some = np.sort(np.argpartition(-s_BN, k - 1, axis=1)[:, :k], axis=1)
+    order = np.argsort(-np.take_along_axis(s_BN, some, 1), axis=1, kind="stable")
+    return np.take_along_axis(some, order, 1)
 
 
 def prune(folder: Path, before: int) -> None:

@@ -1,6 +1,7 @@
 """Sequential training: the frozen half stays frozen, training equals inference, old indexes are noticed, foreign ones refused."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -199,6 +200,16 @@ def test_snapshot_finds_and_excludes(sentences, speaker, people_data, tmp_path):
     assert index.overlap(index, q, 5) == 1.0
     some = index.top(q, len(task.passages) + 2, [[str(d) for d in task.passages.documents]] * 3)
     assert (some == -1).all()
+
+
+def test_best_is_the_head_of_a_sorted_row():
+    s = np.random.default_rng(0).integers(0, 9, (5, 40)).astype(np.float32)
+    for k in (1, 7, 40, 60):
+        got = snapshot.best(s, k)
+        full = np.argsort(-s, axis=1, kind="stable")[:, :k]
+        assert (np.take_along_axis(s, got, 1) == np.take_along_axis(s, full, 1)).all()
+        for row, scores in zip(got, s):
+            assert all(a < b for a, b in pairwise(row) if scores[a] == scores[b]) and len(set(row)) == len(row)
 
 
 def test_texts_judge_by_their_own_continuation(sentences, speaker, tmp_path):
