@@ -30,6 +30,7 @@ TASKS = {  # kind: where its task is, called with (recipe, data folder, run's fo
     "replug-lsr": ("ralm.train.sequential:Lsr", "a retriever, from a frozen language model's judgement of passages"),
     "ra-dit-lm": ("ralm.train.sequential:Reading", "a language model, to read what a frozen retriever finds"),
     "rag": ("ralm.train.rag:Rag", "a query encoder and a generator, over passages whose encoder stays"),
+    "npm": ("ralm.train.npm:Npm", "a masked language model that fills gaps with stored phrases"),
     "retro": ("ralm.train.retro:Training", "a decoder that reads neighbours"),
 }
 ALONE = {  # kinds with a loop of their own, run as `python -m MODULE RECIPE`

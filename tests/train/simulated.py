@@ -1,13 +1,15 @@
 """What tests of regimes share: ranks that are threads, runs that are killed, gradients of parts."""
 
 import json
-import os
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import torch
 
-from ralm.train import loop, ranks
+from ralm.train import loop, ranks, recipes
 
 
 def lines(folder):
@@ -48,7 +50,10 @@ def on_ranks(size, monkeypatch, make, step=0):
             return x.copy_(sum(self.all(x)))
 
         def wait(self):
-            shared["barrier"].wait(60)
+            if not making:
+                shared["barrier"].wait(300)
+
+    making = [True]
 
     monkeypatch.setattr(ranks, "world", lambda: getattr(local, "world", ranks.World()))
     local.world = Rank(0)
@@ -57,6 +62,7 @@ def on_ranks(size, monkeypatch, make, step=0):
         local.world = Rank(i)
         tasks.append(make())
     got = [None] * size
+    making.clear()
 
     def one(i):
         local.world = Rank(i)
@@ -71,24 +77,26 @@ def on_ranks(size, monkeypatch, make, step=0):
     return [x[0] for x in got], {n: sum(x[1][n] for x in got) / size for n in got[0][1]}
 
 
-def killed_and_resumed(make, recipe, folder, steps):
-    """Run in children that are killed (SIGKILL) in the middle of the given steps, then to the end here; what `fit` returns."""
+CHILD = """
+import json, os, signal, sys
+from pathlib import Path
+from ralm.train import loop, recipes
+recipe, data, folder, at = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+whole = loop._Run.step
+def step(self):
+    out = whole(self)
+    if self.state.step == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return out
+loop._Run.step = step
+loop.fit(recipes.make(recipe, data, folder), recipe, folder)
+"""
+
+
+def killed_and_resumed(recipe, data, folder, steps):
+    """Run in processes that are killed (SIGKILL) in the middle of the given steps, then to the end here; what `fit` returns."""
     for at in steps:
-        pid = os.fork()
-        if not pid:
-            try:
-                whole = loop._Run.step
-
-                def step(self, at=at, whole=whole):
-                    out = whole(self)
-                    if self.state.step == at:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    return out
-
-                loop._Run.step = step
-                loop.fit(make(), recipe, folder)
-            finally:
-                os._exit(1)
-        _, status = os.waitpid(pid, 0)
-        assert os.WIFSIGNALED(status), status
-    return loop.fit(make(), recipe, folder)
+        child = subprocess.run([sys.executable, "-c", CHILD, json.dumps(recipe), str(data), str(folder), str(at)], check=False,
+                               cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+        assert child.returncode == -signal.SIGKILL, child.stderr[-2000:]
+    return loop.fit(recipes.make(recipe, data, folder), recipe, folder)
