@@ -112,7 +112,7 @@ class Trainable:
         part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        with _quiet():
+        with quiet():
             self.model.save_pretrained(str(part), create_model_card=False)
         (part / "train_results.json").write_text(json.dumps(trained, indent=1) + "\n")  # a name that fingerprints leave out
         (part / "README.md").write_text(card)
@@ -128,7 +128,7 @@ def network(wish: Encoder) -> Any:
     found = encoder(wish.model)
     if not isinstance(found, Sentences):
         raise UsageError(f"'{wish.model}' is no transformer that can be trained; use minilm, st:NAME or a folder")
-    with _quiet():
+    with quiet():
         model = package.SentenceTransformer(str(found.folder), local_files_only=True, trust_remote_code=False, device="cpu",
                                             model_kwargs={"use_safetensors": True})
     modules, parts = list(model), _parts()
@@ -148,7 +148,7 @@ def network(wish: Encoder) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' bars: a library does not talk."""
     from transformers.utils import logging
 

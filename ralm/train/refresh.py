@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ralm.errors import FingerprintError, RalmError, StoreError, UsageError
+from ralm.errors import FingerprintError, RalmError, StoreError, UsageError, need
 from ralm.index import manifest, vectors
 from ralm.index.dense import Dense
 from ralm.index.encode import Sentences
@@ -326,6 +326,7 @@ def main() -> None:
     """Jobs from standard input, what became of them to standard output; the end of the input is the end of the process."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no answer
+    need("sentence_transformers", "making the index", "lm")  # its seconds are not those of the first index
     jobs: queue.Queue[dict[str, Any]] = queue.Queue()
 
     def listen() -> None:

@@ -22,6 +22,8 @@ import torch
 
 from ralm.errors import UsageError, need
 from ralm.lm.masked import Lengths, MaskedReader
+from ralm.train.encoder import Encoder, Trainable, quiet
+from ralm.train.objectives import contrastive
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = "home of is we know that does live in where . ?".split()
@@ -51,8 +53,9 @@ def write(folder: str | Path, world: World | None = None, warm: int = 200, pairs
     told = [f for f in people if not f["held"]]
     (folder / "texts.jsonl").write_text("".join(json.dumps({"id": f"t{n}", "text": f["text"]}) + "\n" for n, f in enumerate(told)))
     tokenizer = _tokenizer([*SPECIAL, *WORDS, *names])
-    _reader(folder, tokenizer, world, people, warm)
-    _retriever(folder, tokenizer, world, told[:round(world.seen * len(told))], pairs)
+    with quiet():
+        _reader(folder, tokenizer, world, people, warm)
+        _retriever(folder, tokenizer, world, told[:round(world.seen * len(told))], pairs)
     return folder
 
 
@@ -129,9 +132,6 @@ def _retriever(folder: Path, tokenizer: Any, world: World, pairs: list[dict[str,
     import tempfile
 
     from transformers import BertModel
-
-    from ralm.train.encoder import Encoder, Trainable
-    from ralm.train.objectives import contrastive
 
     package = need("sentence_transformers", "the toy world's models", "lm")
     parts = importlib.import_module("sentence_transformers.sentence_transformer.modules")
