@@ -161,7 +161,7 @@ class Realm(Task):
         null = [0] if self.how.null else []
         at_BK = torch.tensor([[*null, *(place[c.id] for c in some), *[-1] * (self.k - len(some))] for some in candidates],
                              device=d_ND.device)
-        s_BK = torch.einsum("bd,bkd->bk", q_BD.float(), d_ND[at_BK.clamp(min=0)].float())
+        s_BK = (q_BD[:, None].float() * d_ND[at_BK.clamp(min=0)].float()).sum(-1)  # no matrix product: autocast would round it
         return log_weights(s_BK.masked_fill(at_BK < 0, -math.inf), self.how.temperature)
 
     def _overlap(self, part: Sequence[Example]) -> float:

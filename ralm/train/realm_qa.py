@@ -128,7 +128,7 @@ class OpenQA(Task):
         q_BD = self.encoder.encode([a.question for a in part], "query").float()
         hits = self.refresher.propose(q_BD.detach().cpu().numpy(), self.search.beam)
         d_BND = torch.from_numpy(self.refresher.vectors(np.maximum(hits.ids, 0))).to(q_BD.device)
-        s_BN = torch.einsum("bd,bnd->bn", q_BD, d_BND).masked_fill(torch.from_numpy(hits.ids < 0).to(q_BD.device), -math.inf)
+        s_BN = (q_BD[:, None] * d_BND).sum(-1).masked_fill(torch.from_numpy(hits.ids < 0).to(q_BD.device), -math.inf)
         passages = [self.corpus.chunks([i for i in row if i >= 0]) for row in hits.ids.tolist()]
         right = [[has_answer(c.text, a.answers) for c in some] for a, some in zip(part, passages)]
         early_B = self._early(s_BN, right)

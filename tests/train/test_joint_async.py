@@ -206,6 +206,19 @@ def test_passage_of_the_text_and_its_copies_are_no_candidates(world, tmp_path):
     assert len(few[0]) <= 2
 
 
+def test_threads_and_parts_change_nothing_and_bfloat16_runs(world, tmp_path):
+    r = recipe(world, train={"micro": 2, "steps": 5})
+    one, _ = run(r, world, tmp_path / "one")
+    two, _ = run({**r, "train": r["train"] | {"threads": 2}}, world, tmp_path / "two")
+    same(one, two, tmp_path / "one", tmp_path / "two")
+    run(recipe(world, train={"steps": 5}), world, tmp_path / "whole")
+    for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "whole")):
+        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-3)
+    run(recipe(world, train={"steps": 3, "dtype": "bfloat16"}), world, tmp_path / "half")
+    for a, b in zip(lines(tmp_path / "half"), lines(tmp_path / "whole")):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.05)
+
+
 # ---- the index keeps time
 
 
