@@ -26,6 +26,7 @@ from ralm.when import EveryN, Never, Once
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ralm.how.rows import Beside
     from ralm.model import RALM
 
     Span = tuple[Segment, Tensor]
@@ -62,8 +63,8 @@ class CrossAttend:
 
         return window_targets(lm, ids_BT, segments, self._beside(fetch, segments[-1].stop))
 
-    def _beside(self, fetch: Callable, stop: int):
-        return fetch.neighbours(self.k, stop - 1) if self.k and fetch.neighbours is not None else None
+    def _beside(self, fetch: Callable, stop: int) -> Beside | None:
+        return None if fetch.neighbours is None else fetch.neighbours(self.k, stop - 1)
 
 
 def check(ralm: RALM) -> None:

@@ -232,6 +232,24 @@ def test_rows_that_leave_and_change_places_stay_one_batch(retro, neighbours):
     assert (cache.prefills, cache.steps) == (1, 5)
 
 
+def test_questions_about_rows_tell_what_they_are_read_beside(ralm, neighbours):
+    """The same row alone and beside neighbours are two questions, and are never answered by one forward."""
+    from ralm.asked import Wanted, open_desk
+    from ralm.generate import Lockstep
+
+    row, m = [ralm.lm.bos, *range(7, 26)], ralm.lm.m
+    besides = [None, *(Beside((((way,) * (len(row) // m)),), neighbours.gather, m) for way in ((3, 8), (1, -1)))]
+    want = [logp_rows(ralm.lm, [row], [len(row)], b)[0] for b in besides]
+    desk, desk.sources = open_desk(ralm._run("", "Snow", None, None, (), None), PrefixCache(ralm.lm))
+    together = Lockstep(ralm)
+    together.enter(ralm._run("", "Snow", None, None, (), None))
+    asked = [Wanted("rows", (), ([row], [len(row)], None, b)) for b in besides]
+    for b, logp, ((theirs, _),) in zip(besides, want, together._answers(asked)):
+        ((ours, _),) = desk.rows([row], [len(row)], None, b)
+        assert distance(ours, logp) < 1e-4 and distance(theirs, logp) < 1e-4
+    assert min(distance(want[0], want[1]), distance(want[1], want[2])) > 0.01
+
+
 def test_rows_of_a_batch_are_each_row_alone(retro, neighbours):
     g, m = torch.Generator().manual_seed(1), retro.m
     rows = [[retro.bos, *torch.randint(1, 290, (n,), generator=g).tolist()] for n in (3, 29, 11, 17, 23)]
