@@ -4,7 +4,7 @@
 
 Tables of a recipe beside [train] (task.py):
 
-    [model]   base = "bundled:base" | "hf:NAME"     RETRO-fit; or from scratch:
+    [model]   base = "bundled:base" | "hf:NAME"     RETRO-fit; "retro:FOLDER" trains one on; or from scratch:
               [model.decoder] (GPTConfig) and tokenizer = "bundled:base", whose tokenizer it takes
               [model.retro] (RetroConfig); begin: rows that new weights are fitted to before the first step (Retro.begin; 0: none);
               checkpointing = true runs blocks again in backward
@@ -12,7 +12,7 @@ Tables of a recipe beside [train] (task.py):
               matrices = "muon" | "adamw"; new, new_rest, base, base_rest: peak rates of matrices and of the rest; weight_decay
     [data]    [[data.source]] name, file, share (, spaced): documents of the data folder; or store = PATH: a datastore that is
               there, whose ids begin with the sources' names. window, retriever, k, held, rows (most different ones), examples
-              kinds.document, kinds.row, kinds.copy: see retro_data.py; drop: share of parts that see no neighbours
+              kinds.document, kinds.row, kinds.copy, leak: see retro_data.py; drop: share of parts that see no neighbours
               neighbours = false: the decoder alone, on the same rows in the same order
 
 The loss is that of the next token. Every part has as many neighbours per chunk, 1 to k at random: any number works later."""
@@ -44,7 +44,7 @@ MODEL = {"base": "", "tokenizer": "", "decoder": {}, "retro": {}, "begin": 16, "
 RATES = {"trainable": "all", "after": 0, "matrices": "adamw", "new": 2e-4, "new_rest": 2e-4, "base": 2e-5, "base_rest": 2e-5,
          "weight_decay": 0.0}
 DATA = {"source": (), "store": "", "window": 0, "retriever": "bm25", "k": 2, "held": 50, "rows": 0, "examples": 32,
-        "kinds": {"document": 1.0}, "drop": 0.1, "neighbours": True}
+        "kinds": {"document": 1.0}, "drop": 0.1, "leak": 0, "neighbours": True}
 SAMPLE = 48  # tokens of a sample
 
 
@@ -57,7 +57,7 @@ class Training(Task):
         self.settings = Settings.of(recipe["train"])
         self.model, self.rates, self.data = (_table(recipe, *t) for t in (("model", MODEL), ("rates", RATES), ("data", DATA)))
         self.device = ranks.device(self.settings.device)
-        self.folder, self.root = folder, root
+        self.folder, self.root, self.before = folder, root, {}
         self.lm, self.base = self._model()
         self.bare = self.lm.base if isinstance(self.lm, Retro) else self.lm  # the decoder
         self.rows, self.neighbours = self._rows()
@@ -78,6 +78,8 @@ class Training(Task):
                 raise UsageError('[model] decoder needs a tokenizer: tokenizer = "bundled:base"')
             tokenizer = load_lm(m["tokenizer"]).tokenizer
             bare = GPT(Decoder(GPTConfig(**({"vocab": len(tokenizer)} | m["decoder"]))), tokenizer, "gpt:new")
+        if isinstance(bare, Retro):
+            return self._on(bare)
         bare.model.to(self.device)
         bare.model.requires_grad_(True)
         alone = not self.data["neighbours"]
@@ -89,6 +91,21 @@ class Training(Task):
             _checkpointing(bare, lm)
         fits = not alone and bool(m["base"])
         return lm, retro_files.Base.of(bare, m["base"], self.rates["trainable"] == "all") if fits else None
+
+    def _on(self, lm: Retro) -> tuple[Retro, retro_files.Base]:
+        """A RETRO that was trained before, with the decoder it began with."""
+        if self.model["retro"] or not self.data["neighbours"]:
+            raise UsageError(f"'{lm.name}' is a RETRO already: leave [model.retro] out, and neighbours = true")
+        values = retro_files.described(Path(str(self.model["base"]).removeprefix("retro:")))
+        made, self.before = values["base"], values["trained"]
+        self.model["begin"], self.model["retro"] = 0, vars(lm.config)
+        lm.model.to(self.device).requires_grad_(True)
+        if isinstance(lm.base, GPT) and self.device.type == "cpu":
+            for block in lm.base.model.blocks:
+                block.attention.attend = _attend
+        if self.model["checkpointing"]:
+            _checkpointing(lm.base, lm)
+        return lm, retro_files.Base(**(made | {"trained": made["trained"] or self.rates["trainable"] == "all"}))
 
     def _config(self) -> RetroConfig:
         return RetroConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in self.model["retro"].items()})
@@ -129,7 +146,8 @@ class Training(Task):
         neighbours = NeighbourStore.build(self._store(), self.lm, m=m, retriever=d["retriever"])
         progress.note(f"{neighbours}")
         sources = {s["name"]: s.get("share", 1.0) for s in d["source"]}
-        rows = Rows(read(neighbours), sources, window, m, self.bare.eos, self.settings.seed, d["held"], d["rows"], d["kinds"])
+        rows = Rows(read(neighbours), sources, window, m, self.bare.eos, self.settings.seed, d["held"], d["rows"], d["kinds"],
+                    d["leak"], _words(self.bare.tokenizer) if d["leak"] else None)
         kinds = ", ".join(f"{n} {(rows.kind == i).sum()}" for i, n in enumerate(KINDS))
         progress.note(f"{len(rows)} rows of {window} tokens; neighbours by kind: {kinds}")
         if d["neighbours"]:
@@ -251,6 +269,7 @@ class Training(Task):
 
         if isinstance(self.lm, Retro):
             trained = dict(trained) | {"machine": machine(), "new": sum(p.numel() for p in self.lm.adapter.parameters())}
+            trained |= {"before": self.before} if self.before else {}
             retro_files.save(self.lm, folder, self.base or retro_files.Base(""), trained)
             (folder / "README.md").write_text(card(retro_files.described(folder)))
         elif isinstance(self.lm, GPT):
@@ -267,6 +286,11 @@ def _table(recipe: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) ->
         if key not in defaults:
             raise unknown(f"setting in [{name}]", key, defaults)
     return dict(defaults) | given
+
+
+def _words(tokenizer: Any) -> np.ndarray:
+    """bool [V]: tokens with a letter or a digit."""
+    return np.array([any(c.isalnum() for c in tokenizer.decode([i])) for i in range(len(tokenizer))])
 
 
 def _attend(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

@@ -14,9 +14,9 @@ from ralm.train.gpt_card import machine
 
 CARD = """# {name}
 
-{base}, with what RETRO adds to it (Borgeaud et al. 2022): an encoder of neighbours and chunked cross-attention. It reads, for every
-{m} tokens of its text, passages of a datastore: `ralm neighbours STORE --lm {spec}`, then `--lm {spec} --how retro`. Without
-neighbours (`--how none`, RETRO[OFF]) it is {off}.
+{base}, with what RETRO adds to it (Borgeaud et al. 2022): an encoder of neighbours and chunked cross-attention. For every {m}
+tokens of its text it reads passages of a datastore: `ralm neighbours STORE --lm {spec}`, then `--lm {spec} --how retro`.
+Without neighbours (`--how none`, RETRO[OFF]) it is {off}.
 {unfinished}
 | | |
 |---|---|
@@ -26,48 +26,66 @@ neighbours (`--how none`, RETRO[OFF]) it is {off}.
 | files | {files} |
 
 ## How it was made
+{stages}{scored}
+## Licence
 
-`ralm train`, {minutes:.0f} minutes ({machine}, {device}, matrix products in {dtype}), {steps:,} steps of {batch} rows of {window}
-tokens, {tokens:.1f} M tokens. Rows: {sources}.
-{drop:.0%} of the parts of a step see no neighbours. Neighbours were found by {retriever}, {kinds}.
+Weights: as the package. See the decoder's own card for its text and for what a model of this size is not good for.
+"""
+STAGE = """
+{title}: `ralm train`, {minutes:.0f} minutes ({machine}, {device}, matrix products in {dtype}),
+{steps:,} steps of {batch} rows of {window} tokens, {tokens:.1f} M tokens. Share of the rows: {sources}. {drop:.0%} of the parts of a step see no neighbours.
+Neighbours were found by {retriever}:
 
-Nats per token on documents that this training held out (the decoder had read them before, where it had read the same files), on the
-first {examples} rows, tokens that may read neighbours:
+{kinds}
+
+Nats per token on {examples} rows of documents that this training held out (a decoder trained on the same files before had read
+them), of the tokens that may read neighbours, under none and under {k} of each of these kinds:
 
 | step | none | other documents' | same document's | copies |
 |---|---|---|---|---|
 {log}
-{scored}"""
-KINDS = {"document": "of other documents than the row's (as published)",
-         "row": "of the same document too, never touching the row (in a small corpus only a document itself says a name again)",
-         "copy": "with a piece of the row itself among them, moved by up to half a chunk, so that copying is learnt early"}
+"""
+KINDS = {"document": "other documents than those of the row, as published",
+         "row": "the same document too, never touching the row: in a small corpus nobody else says a name again",
+         "copy": "the row itself, moved by up to half a chunk, one beside a real neighbour: so copying is learnt early"}
 SNAPSHOT = "\n**Training still runs; this is a snapshot.**\n"
 
 
 def card(values: Mapping[str, Any]) -> str:
     """README.md of a RETRO from its config.json."""
     t, c, base = values["trained"], values["retro"], values["base"]
-    recipe = t["recipe"]
-    d, train = recipe.get("data", {}), recipe["train"]
-    out = train.get("out", "")
+    out = t["recipe"]["train"].get("out", "")
     bundled = Path(out).parts[-2:] == ("checkpoints", "retro")
     spec = "bundled:retro" if bundled else f"retro:{Path(out or 'FOLDER').name}"
-    kinds, total = d.get("kinds", {"document": 1.0}), sum(d.get("kinds", {"document": 1.0}).values())
-    rows = [f"| {e['step']:,} | " + " | ".join(f"{e[k]:.3f}" if k in e else "" for k in ("off", "document", "row", "copy")) + " |"
-            for e in t["evaluations"] if "off" in e]
     whose = "its own, trained too (base.safetensors)" if base["trained"] else "unchanged" if base["spec"] else "its own (base/)"
+    stages = [t]
+    while "before" in stages[0]:
+        stages.insert(0, stages[0]["before"])
     return CARD.format(
         name=spec, spec=spec, base=f"`{base['spec']}`" if base["spec"] else "A decoder trained from random weights", m=c["m"],
-        off="the decoder, bit for bit" if base["spec"] and not base["trained"] else "a decoder of its own",
+        off="the decoder, bit for bit" if base["spec"] and not base["trained"] else "the decoder that was trained with it",
         unfinished="" if t["finished"] else SNAPSHOT, new=t["new"] / 1e6, layers=", ".join(map(str, c["layers"])),
-        depth=c["depth"], width=c["width"], whose=whose, r=2 * c["m"], k=d.get("k", 2), batch=train["batch"],
+        depth=c["depth"], width=c["width"], whose=whose, r=2 * c["m"], k=t["recipe"].get("data", {}).get("k", 2),
         files="adapter.safetensors, " + "base.safetensors, " * bool(base["spec"] and base["trained"]) + "config.json (float16)",
+        stages="".join(map(_stage, stages)), scored="".join(f"\n{line}\n" for line in t.get("scored", ())))
+
+
+def _stage(t: Mapping[str, Any]) -> str:
+    """One run: a RETRO that was trained on has several."""
+    d, train = t["recipe"].get("data", {}), t["recipe"]["train"]
+    kinds = d.get("kinds", {"document": 1.0})
+    total = sum(kinds.values())
+    rows = [f"| {e['step']:,} | " + " | ".join(f"{e[k]:.3f}" if k in e else "" for k in ("off", "document", "row", "copy")) + " |"
+            for e in t["evaluations"] if "off" in e]
+    said = [f"- {v / total:.0%} of the rows: {KINDS[k]}" for k, v in kinds.items() if v]
+    if d.get("leak"):
+        said.append(f"- none of them with {d['leak']} words in a row in common with the row")
+    return STAGE.format(
         minutes=t["seconds"] / 60, machine=t.get("machine") or machine(), device=t["device"], dtype=train.get("dtype", "float32"),
         steps=t["steps"], window=d.get("window") or "the decoder's window of", tokens=t["counts"].get("tokens", 0) / 1e6,
-        sources=", ".join(f"{s['name']} {s.get('share', 1.0):g}" for s in d["source"]), drop=d.get("drop", 0.1),
-        retriever=d.get("retriever", "bm25"), examples=d.get("examples", 32), log="\n".join(rows),
-        kinds="; ".join(f"{v / total:.0%} {KINDS[k]}" for k, v in kinds.items() if v),
-        scored="".join(f"\n{line}\n" for line in t.get("scored", ())))
+        batch=train["batch"], sources=", ".join(f"{s['name']} {s.get('share', 1.0):g}" for s in d["source"]), k=d.get("k", 2),
+        drop=d.get("drop", 0.1), retriever=d.get("retriever", "bm25"), examples=d.get("examples", 32), log="\n".join(rows),
+        kinds="\n".join(said), title=t["recipe"].get("title", ""))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -69,15 +69,18 @@ class Rows:
     """Rows to train on and rows held out, by source, and the neighbours of both.
 
     sources: share of the rows, by name. held: every so-many-th document of a source is never trained on. limit: most different
-    rows. kinds: share of the rows of each kind of neighbours."""
+    rows. kinds: share of the rows of each kind of neighbours. leak: neighbours that have so many words in a row in common with
+    the row are left out, whatever document they are of (0: none)."""
 
     def __init__(self, documents: Sequence[tuple[str, np.ndarray]], sources: Mapping[str, float], window: int, m: int, end: int,
-                 seed: int, held: int = 50, limit: int = 0, kinds: Mapping[str, float] | None = None):
+                 seed: int, held: int = 50, limit: int = 0, kinds: Mapping[str, float] | None = None,
+                 leak: int = 0, words: np.ndarray | None = None):
         self.window, self.m, self.end, self.seed = window, m, end, seed
         self.chunks = window // m - 1  # whose neighbours somebody reads: those of the last are read by one token
         if self.chunks < 1:
             raise UsageError(f"rows of {window} tokens hold no two chunks of {m}; use window = {2 * m} at least")
         rng = np.random.default_rng([seed, 0])
+        self.leak, self.words = leak, words  # words: bool [V], tokens that are no punctuation or space
         self.names, self.train, self.held = list(sources), [], []
         for name in self.names:
             mine = [d for d in documents if d[0].partition("/")[0] == name]
@@ -147,8 +150,30 @@ class Rows:
         twins = [{f"{source}/{name.partition('/')[2]}" for name in row for source in self.names} for row in own]
         ids = self.tokens(order, texts)[:, :self.chunks * self.m]
         if which == "document":
-            return np.asarray(precompute(neighbours, ids, [a | b for a, b in zip(own, twins)], k, folder))
-        return np.asarray(precompute(neighbours, ids, [b - a for a, b in zip(own, twins)], k, folder, spans, "row"))
+            found = precompute(neighbours, ids, [a | b for a, b in zip(own, twins)], k, folder)
+        else:
+            found = precompute(neighbours, ids, [b - a for a, b in zip(own, twins)], k, folder, spans, "row")
+        return self._unlike(np.array(found, np.int64), self.tokens(order, texts), neighbours) if self.leak else np.asarray(found)
+
+    def _unlike(self, found: np.ndarray, rows: np.ndarray, neighbours: Any) -> np.ndarray:
+        """The neighbours without those that have `leak` words in a row in common with their row: a copy under another title would
+        teach that what is found goes on as the text does."""
+        for i, row in enumerate(rows):
+            tokens, mask = neighbours.gather(found[i])
+            own = self._grams(row)
+            bad = np.zeros(found[i].shape, bool)
+            for at in np.ndindex(bad.shape):
+                bad[at] = bool(np.isin(self._grams(tokens[at][mask[at]]), own).any())
+            found[i] = np.take_along_axis(np.where(bad, -1, found[i]), np.argsort(bad, axis=-1, kind="stable"), -1)
+        return found
+
+    def _grams(self, tokens: np.ndarray) -> np.ndarray:
+        """uint64: a hash of every `leak` words in a row."""
+        words = tokens[self.words[tokens]].astype(np.uint64)
+        if len(words) < self.leak:
+            return np.zeros(0, np.uint64)
+        power = np.uint64(0x9E3779B97F4A7C15) ** np.arange(1, self.leak + 1, dtype=np.uint64)
+        return (np.lib.stride_tricks.sliding_window_view(words + np.uint64(1), self.leak) * power).sum(1, dtype=np.uint64)
 
     def copy(self, row: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """(tokens [chunks, 2m], mask) of neighbours that are the row itself, from up to half a chunk before its chunk or behind."""

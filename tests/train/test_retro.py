@@ -151,6 +151,34 @@ def test_neighbours_are_of_other_documents_or_do_not_touch_the_row(whole):
     assert own > 0
 
 
+def test_neighbours_that_say_the_same_are_left_out(root, whole, tmp_path):
+    """Three words in a row, whatever stands between them; the next best moves up."""
+    folder, *_ = whole
+    r = recipe(folder / "store", root, data__leak=3, data__kinds={"document": 1.0, "row": 1.0})
+    task = recipes.make(r, root, tmp_path)
+    plain = recipes.make(r | {"data": r["data"] | {"leak": 0}}, root, tmp_path)
+    assert (task.rows.order == plain.rows.order).all()
+
+    def words(tokens):
+        return [t for t in tokens.tolist() if any(c.isalnum() for c in task.bare.tokenizer.decode([t]))]
+
+    left_out = 0
+    ids = task.rows.tokens(task.rows.order, task.rows.train)
+    for i, row in enumerate(ids):
+        text = words(row)
+        own = {tuple(text[a:a + 3]) for a in range(len(text) - 2)}
+        for u in range(task.rows.chunks):
+            kept = []
+            for n in plain.rows.found[i, u].tolist():
+                tokens, mask = task.neighbours.gather(np.array([n]))
+                said = words(tokens[mask])
+                if n >= 0 and not own & {tuple(said[a:a + 3]) for a in range(len(said) - 2)}:
+                    kept.append(n)
+            left_out += 2 - len(kept)
+            assert task.rows.found[i, u].tolist() == (kept + [-1, -1])[:2]
+    assert left_out > 0
+
+
 # ---- runs ---------------------------------------------------------------------------------------------------------------
 
 
@@ -239,6 +267,23 @@ def test_fitting_a_model_of_transformers(root, fitted, tmp_path, trainable):
     assert bool(moved) == (trainable == "all")
     assert load(f"retro:{tmp_path / 'a' / 'model'}").base.name == fitted
     assert (tmp_path / "a" / "model" / "base.safetensors").exists() == (trainable == "all")
+
+
+def test_a_retro_is_trained_on(root, fitted, tmp_path):
+    """Its files say which decoder it began with; step 0 is what it was."""
+    r = fit_recipe(tmp_path / "store", root, fitted, train__steps=2, train__evaluate_steps=0)
+    run(root, tmp_path / "a", r)
+    r["model"] = {"base": f"retro:{tmp_path / 'a' / 'model'}"}
+    task = recipes.make(r, root, tmp_path / "b")
+    ids, n = next(p for p in task.batch(0) if p[1] is not None)
+    with torch.no_grad():
+        before = load(f"retro:{tmp_path / 'a' / 'model'}").forward(ids[:, :63], neighbours=n).logits
+        assert torch.equal(task.lm.forward(ids[:, :63], neighbours=n).logits, before)
+    fit(task, r, tmp_path / "b")
+    a, b = (retro_files.described(tmp_path / x / "model")["base"] for x in "ab")
+    assert a == b and a["spec"] == fitted
+    with torch.no_grad():
+        assert not torch.equal(load(f"retro:{tmp_path / 'b' / 'model'}").forward(ids[:, :63], neighbours=n).logits, before)
 
 
 @pytest.mark.parametrize("kind", ["gpt", "llama"])
