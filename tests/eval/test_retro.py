@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from ralm.eval import retro  # noqa: E402
+from ralm.eval import leakage, retro  # noqa: E402
 from ralm.eval.experiment import documents, good, texts  # noqa: E402
 from ralm.eval.perplexity import evaluate_perplexity  # noqa: E402
 from ralm.model import RALM  # noqa: E402
@@ -61,6 +61,8 @@ def test_shares_and_retrievers_are_told_apart_and_nothing_is_off(data, recipe, t
         assert r["saved"] == pytest.approx(base["bits_per_byte"] - r["bits_per_byte"], abs=1e-9)
         assert r["curve"][-1]["bits_per_byte"] == pytest.approx(r["bits_per_byte"])
         assert r["curve"][-1]["first"] == pytest.approx(base["bits_per_byte"])
+    low, high = nothing["clean"]  # nothing is stored, so every chunk is clean
+    assert (low, high) == pytest.approx(nothing["interval"]) == pytest.approx((0, 0), abs=1e-6)
     assert nothing["overlap"]["mean_run"] == 0 < half["overlap"]["mean_run"] <= on["overlap"]["mean_run"] < 1
     told = "\n".join(retro.lines(recipe, rows))
     assert told.count("share ") == 4 and "dense:static" in told and "every night" not in told
@@ -77,6 +79,16 @@ def test_what_is_held_out_does_not_find_its_copy(data, recipe, tmp_path):
     system = RALM(bench.model(recipe["lm"]), how="retro:k=2", neighbours=neighbours)
     leaked = evaluate_perplexity(system, bench.held, exclude_self=False)
     assert [r["nats"] for r in leaked["rows"]] != [r["nats"] for r in on["rows"]]
+
+
+def test_clean_chunks_are_those_with_little_in_common():
+    import numpy as np
+
+    found = leakage.Leaks(leakage.Overlap(np.array([1, 8, 0, 9]), np.zeros(4), np.full(4, 64), 64), np.array([10, 10, 20, 5]))
+    first = [{"chunk_nats": [3.0, 9.0]}, {"chunk_nats": [4.0]}, {"chunk_nats": [7.0]}]
+    rows = [{"chunk_nats": [1.0, 9.0]}, {"chunk_nats": [2.0]}, {"chunk_nats": [0.0]}]
+    low, high = retro._clean(found, first, rows)  # documents of 20 bytes each save 2 nats each; the third one is copied
+    assert low == high == pytest.approx(0.1 / np.log(2))
 
 
 def test_comparison_tells_overlap_and_evidence(data, recipe, model, tmp_path):
