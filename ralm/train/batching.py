@@ -27,6 +27,7 @@ from ralm.train.gpt_data import documents, spaced
 
 QUERY = 64  # rare terms of a segment that it is searched with: the others cost time and say little
 BATCH = 256  # queries of one search
+RUN = 8  # tokens: so many in a row twice are a copy
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,20 @@ def _texts(paths: Sequence[Path], most: int, form: str) -> Iterable[str]:
 
 
 class Segments:
-    """The stream in pieces of `length` tokens, one after the other; what is left at the end is not used."""
+    """The stream in pieces of `length` tokens, one after the other; what is left at the end is not used.
 
-    def __init__(self, text: Text, length: int, end: int):
+    copies: pieces of which a larger share of the runs of RUN tokens stood in the stream before are left out (1: none). A text that
+    holds its own passages twice teaches a memory to copy, which pays on no other text."""
+
+    def __init__(self, text: Text, length: int, end: int, copies: float = 1.0):
         self.length = length
         count = len(text.ids) // length
-        if count < 2:
-            raise UsageError(f"{len(text.ids)} tokens make {count} segments of {length}; give more text, or shorter segments")
         self.tokens_NL = text.ids[:count * length].reshape(count, length)
+        if copies < 1 and count:
+            self.tokens_NL = self.tokens_NL[copied(text.ids)[:count * length].reshape(count, length).mean(1) <= copies]
+        if len(self.tokens_NL) < 2:
+            raise UsageError(f"{len(text.ids)} tokens make {len(self.tokens_NL)} segments of {length}; give more text, or shorter "
+                             "segments")
         self.end = end
 
     def __len__(self) -> int:
@@ -82,6 +89,20 @@ class Segments:
         """int64 [n, L + 1]: END, as a model reads it before a window, and the tokens."""
         some = self.tokens_NL[np.asarray(numbers)]
         return np.concatenate([np.full((len(some), 1), self.end), some], 1).astype(np.int64)
+
+
+def copied(ids: np.ndarray) -> np.ndarray:
+    """bool [N]: whether the run of RUN tokens that begins at each token stood before."""
+    if len(ids) < RUN:
+        return np.zeros(len(ids), bool)
+    runs = np.lib.stride_tricks.sliding_window_view(ids.astype(np.int64), RUN)
+    hashed = np.zeros(len(runs), np.uint64)
+    for column in runs.T:
+        hashed = hashed * np.uint64(0x9E3779B97F4A7C15) + column.astype(np.uint64) + np.uint64(1)
+    out = np.ones(len(ids), bool)
+    out[np.unique(hashed, return_index=True)[1]] = False
+    out[len(runs):] = False
+    return out
 
 
 # ---- who stands with whom -----------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
     kind = "trime"
     [data]      files = ["lm/wikipedia_articles.jsonl.zst"], form = "plain" | "wikitext", documents = 0 (most of each file; 0: all),
-                segment = 256, held_out = "lm/wikitext.valid.raw.txt.zst", sample = 20000 (its first characters)
+                copies = 1.0 (segments that repeat more than this share of earlier text are left out), segment = 256,
+                held_out = "lm/wikitext.valid.raw.txt.zst", sample = 20000 (its first characters)
     [model]     start = "" (random weights of the shape below) or bundled:base, gpt:FOLDER; tokenizer = "bundled:base"
                 width, layers, heads, mlp, window; adam_lr = 4e-3 (embeddings and norms; [train] lr is Muon's, of matrices)
     [memory]    kind = "local" | "long" | "external" | "none", segments = 8 (that share a memory; batch is a multiple),
@@ -52,6 +53,7 @@ class Data:
     form: str = "plain"
     documents: int = 0
     segment: int = 256
+    copies: float = 1.0
     held_out: str = ""
     sample: int = 20000
 
@@ -106,7 +108,7 @@ class Trime(Task):
                 block.attention.attend = causal_attention
         paths = [root / name for name in self.data.files]
         text = Text.read(paths, self.bpe, self.config.end, folder, self.data.documents, self.data.form)
-        self.segments = Segments(text, self.data.segment, self.config.end)
+        self.segments = Segments(text, self.data.segment, self.config.end, self.data.copies)
         self.near = None
         if self.batches == "bm25":
             self.near = batching.neighbours(self.segments, self.bpe, self.how.neighbours, folder)

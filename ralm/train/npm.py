@@ -2,7 +2,7 @@
 
     kind = "npm"
     [data]      files = [...], form = "plain", documents = 0, segment = 64, held_out = "lm/wikitext.valid.raw.txt.zst",
-                sample = 40000 (its first characters)
+                sample = 40000 (its first characters), copies = 1.0 (as for trime)
     [model]     tokenizer = "bundled:base", width = 128, layers = 3, heads = 4: a BERT with random weights (lm/phrases.py)
     [mask]      ratio = 0.15 (of a sequence's tokens), geometric = 0.5, most = 10 (tokens of a span), batches = "bm25" | "scattered"
 
@@ -45,6 +45,7 @@ class Data:
     form: str = "plain"
     documents: int = 0
     segment: int = 64
+    copies: float = 1.0
     held_out: str = ""
     sample: int = 40000
 
@@ -102,7 +103,7 @@ class Npm(Task):
         self.npm = Phrases.made(self.bpe, self.data.segment, model.width, model.layers, model.heads)
         self.npm.model.to(ranks.device(self.settings.device)).train()
         text = Text.read([root / n for n in self.data.files], self.bpe, self.end, folder, self.data.documents, self.data.form)
-        self.segments = Segments(text, self.data.segment, self.end)
+        self.segments = Segments(text, self.data.segment, self.end, self.data.copies)
         self.begins = pieces(self.bpe, len(self.bpe))
         self.near, self.held = None, []
         if self.how.batches == "bm25":

@@ -217,7 +217,7 @@ class Rag(Task):
         return [some[i:i + micro] for i in range(0, size, micro)]
 
     def loss(self, part: list[Example]) -> tuple[Tensor, dict[str, float]]:
-        """Mean nats of an answer, and: utility (nats a token that passages bring against none), hit (the question's own passage is
+        """Mean nats of an answer, and: retrieval_utility (nats a token against no passage), hit (the question's own passage is
         among the k), gold (its probability), index_age and overlap."""
         query_BD = self.encoder.encode([e.query for e in part], "query")
         ids_BK, overlap = self._propose([e.query for e in part], query_BD)
@@ -228,7 +228,7 @@ class Rag(Task):
         with torch.no_grad():
             null_BT = self.logp(part, np.full((len(part), 1), -1))[0][:, 0]
             gain = retrieval_utility(logp_BKT.detach(), log_w_BK.detach(), null_BT, mask_BT)
-            told = {"utility": float(gain), "overlap": overlap, "questions": len(part)}
+            told = {"retrieval_utility": float(gain), "overlap": overlap, "questions": len(part)}
             if self.names:
                 own_BK = torch.from_numpy(self._own(part, ids_BK)).to(log_w_BK.device)
                 told |= {"hit": float(own_BK.any(1).float().mean()), "gold": float((log_w_BK.exp() * own_BK).sum(1).mean())}

@@ -5,7 +5,7 @@ import pytest
 
 from ralm.errors import UsageError
 from ralm.lm.gpt import BPE
-from ralm.train.batching import Segments, Text, consecutive, neighbours, rare_words, related, scattered
+from ralm.train.batching import Segments, Text, consecutive, copied, neighbours, rare_words, related, scattered
 
 TOPICS = {"sea": "reef tide gull anchor harbour mast keel", "cell": "mitochondria enzyme nucleus membrane protein ribosome lipid",
           "war": "siege cannon truce rampart cavalry sortie bastion", "star": "comet orbit nebula quasar parallax corona apogee"}
@@ -83,6 +83,21 @@ def test_rows_begin_as_a_window_does(segments):
     np.testing.assert_array_equal(rows[:, 1:], segments.tokens_NL[[3, 1]])
     with pytest.raises(UsageError, match="shorter segments"):
         Segments(Text(np.zeros(30, np.int32), np.array([0, 30])), 24, 0)
+
+
+def test_copies_are_left_out():
+    """A stream whose second half repeats most of its first, at another phase of the grid."""
+    rng = np.random.default_rng(0)
+    first, own = rng.integers(1, 5000, 96), rng.integers(1, 5000, 48)
+    ids = np.concatenate([first, own[:5], first[:70], own[5:]]).astype(np.int32)
+    flags = copied(ids)
+    want = [any(np.array_equal(ids[i:i + 8], ids[j:j + 8]) for j in range(i)) for i in range(len(ids) - 7)]
+    assert flags[:len(want)].tolist() == want and not flags[len(want):].any()
+    text = Text(ids, np.array([0, len(ids)]))
+    kept = Segments(text, 24, 0, copies=0.5).tokens_NL
+    assert len(Segments(text, 24, 0)) == 8 and len(kept) == 5
+    np.testing.assert_array_equal(kept[:4].reshape(-1), first)
+    assert not copied(ids[:3]).any()
 
 
 def test_text_is_read_once(tmp_path, tokenizer):
