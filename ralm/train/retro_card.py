@@ -33,8 +33,8 @@ Weights: as the package. See the decoder's own card for its text and for what a 
 """
 STAGE = """
 {title}: `ralm train`, {minutes:.0f} minutes ({machine}, {device}, matrix products in {dtype}),
-{steps:,} steps of {batch} rows of {window} tokens, {tokens:.1f} M tokens. Share of the rows: {sources}. {drop:.0%} of the parts of a step see no neighbours.
-Neighbours were found by {retriever}:
+{steps:,} steps of {batch} rows of {window} tokens, {tokens:.1f} M tokens. Share of the rows: {sources}.
+{drop:.0%} of the parts of a step see no neighbours. Neighbours were found by {retriever}:
 
 {kinds}
 
