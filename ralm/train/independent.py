@@ -26,7 +26,7 @@ from ralm.errors import UsageError
 from ralm.train import ranks
 from ralm.train.encoder import Encoder, Trainable
 from ralm.train.heldout import HeldOut
-from ralm.train.objectives import contrastive
+from ralm.train.objectives import contrastive, similarity
 from ralm.train.pairs import Pairs, mined, read_pairs
 from ralm.train.task import Group, Settings, Task, section
 
@@ -156,7 +156,7 @@ class DualEncoder(Task):
         positive_B, mask_BN = part.positive_B.to(q_BD.device), part.mask_BN.to(q_BD.device)
         loss = contrastive(q_BD, d_ND, positive_B, self.how.temperature, mask_BN, self.how.symmetric)
         with torch.no_grad():
-            s_BN = (q_BD @ d_ND.T).float()
+            s_BN = similarity(q_BD, d_ND)
             own_B = s_BN.gather(1, positive_B[:, None])[:, 0]
             best_B = s_BN.masked_fill(mask_BN, -2.0).amax(1)  # of the true negatives; a cosine is at least -1
             figures = {"right": float((own_B > best_B).float().mean()), "margin": float((own_B - best_B).mean())}

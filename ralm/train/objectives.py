@@ -42,7 +42,7 @@ def contrastive(q_BD: Tensor, d_ND: Tensor, positive_B: Tensor, temperature: flo
     positive_B: index of each query's passage among the N; the others are negatives, but where mask_BN is True (false negatives:
     another passage with the answer, a copy of the positive), which then weigh nothing. symmetric: the mean of this and of each
     positive passage against all B queries. With several ranks: gather q and d first (ranks.py), positive_B counts the gathered."""
-    s_BN = q_BD @ d_ND.T / _positive(temperature)
+    s_BN = similarity(q_BD, d_ND) / _positive(temperature)
     if mask_BN is not None:
         own_BN = F.one_hot(positive_B, len(d_ND)).bool()
         s_BN = s_BN.masked_fill(mask_BN & ~own_BN, -math.inf)
@@ -51,6 +51,14 @@ def contrastive(q_BD: Tensor, d_ND: Tensor, positive_B: Tensor, temperature: flo
         return loss
     s_BB = s_BN[:, positive_B].T  # row i: the passage of query i against every query
     return (loss + F.cross_entropy(s_BB, torch.arange(len(s_BB), device=s_BB.device))) / 2
+
+
+def similarity(q_BD: Tensor, d_ND: Tensor) -> Tensor:
+    """q . d of all pairs [B, N] in float32 or wider, also under autocast: a cosine in bfloat16 has three digits, and dividing by a
+    temperature of 0.05 makes a tenth of a nat of what is lost."""
+    wide = torch.promote_types(torch.promote_types(q_BD.dtype, d_ND.dtype), torch.float32)
+    with torch.autocast(q_BD.device.type, enabled=False):
+        return q_BD.to(wide) @ d_ND.to(wide).T
 
 
 def distill(scores_BK: Tensor, utility_BK: Tensor, tau_r: float = 1.0, tau_u: float = 1.0, direction: str = "p||q") -> Tensor:

@@ -93,6 +93,16 @@ def test_contrastive_is_multiple_negatives_ranking_loss(symmetric, negatives):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-9, rtol=1e-9)
 
 
+def test_scores_are_not_rounded_under_autocast():
+    """A cosine in bfloat16 has three digits; divided by a temperature of 0.05 that is a tenth of a nat."""
+    q, d = (torch.nn.functional.normalize(drawn(6, 64, seed=i, dtype=torch.float32)) for i in (0, 1))
+    expected = contrastive(q, d, torch.arange(6), 0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(contrastive(q, d, torch.arange(6), 0.05), expected)
+        assert torch.equal(contrastive(q.bfloat16(), d.bfloat16(), torch.arange(6), 0.05),
+                           contrastive(q.bfloat16().float(), d.bfloat16().float(), torch.arange(6), 0.05))
+
+
 def test_contrastive_learns_by_heart():
     q, d = (drawn(6, 8, seed=i).requires_grad_() for i in (0, 1))
     first, last = descended(lambda: contrastive(q, d, torch.arange(6), symmetric=True), [q, d])
