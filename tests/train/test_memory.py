@@ -75,7 +75,7 @@ def test_no_memory_is_cross_entropy_and_a_perfect_one_is_nearly_certain():
     hidden, weight, targets, query, keys, _ = parts()
     loss, told = joint_loss(hidden, weight, targets, query, keys, targets, Seen("none", 0, 4))
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(hidden @ weight.T, targets))
-    assert told["share"] == 0 and told["own"] == pytest.approx(float(loss)) and told["covered"] == 0
+    assert told["share"] == 0 and told["own"] == pytest.approx(float(loss.detach())) and told["covered"] == 0
     loud = 40 * torch.eye(9, dtype=torch.double)[targets]
     loss, told = joint_loss(hidden, weight, targets, loud, loud, targets, Seen("external", 0, 1))
     assert told["covered"] == pytest.approx((targets[:, None] == targets).sum(1).gt(1).double().mean().item())

@@ -217,3 +217,19 @@ def test_recipes_that_cannot_be(sentences, decoder, people_data, tmp_path, table
     r[table] |= change
     with pytest.raises((UsageError, RalmError), match=says):
         make(r, people_data, tmp_path).batch(0)
+
+
+def test_a_generator_of_transformers(sentences, people_data, tmp_path, tiny):
+    """The same law with a Llama, which is trained, written and read again."""
+    tiny.make("llama").save_pretrained(tmp_path / "llama")
+    tiny.tokenizer().save_pretrained(tmp_path / "llama")
+    r = recipe(sentences, tmp_path, {"tokens": 20}, {"model": f"hf:{tmp_path / 'llama'}"}, {"held_out": []}, steps=3)
+    r["generator"] |= {"prompt": "{question} ", "lr": 1e-3}
+    task = make(r, people_data, tmp_path / "run")
+    fit(task, r, tmp_path / "run")
+    out = tmp_path / "run" / "model"
+    found = Dense(task.store, encoder=str(out / "encoder"), name="after")
+    ralm = RALM(load(f"hf:{out / 'generator'}"), found, how="ensemble:weights=posterior,k=3,tokens=20,temperature=0.1")
+    example = task.train[0]
+    scored = ralm.score(example.answer, prompt=task.lm.tokenizer.decode(example.prompt), query=example.query)
+    assert float(task.loss([example])[0].detach()) == pytest.approx(scored.nats, abs=5e-3)
