@@ -104,6 +104,25 @@ def test_evidence_of_two_windows_with_one_end_is_told_apart(retro, neighbours, i
     assert scored.under[11] == a and set(scored.under[12:17].tolist()) == {b} and set(scored.at[11:17].tolist()) == {11}
 
 
+def test_what_documents_moved_is_what_moved_the_tokens_under_them(retro, neighbours, store):
+    """Also where evidence of two windows ends at one token; each copied run stands in its document."""
+    ralm = RALM(retro, neighbours=neighbours, how="retro:k=2")
+    made = ralm.explain(TEXT, window=12, stride=6)
+    moved: dict[str, float] = {}
+    for t, i in enumerate(made.under.tolist()):
+        names = neighbours.documents(made.evidence[i].ids.tolist()) if i >= 0 else []
+        for name in names:
+            moved[name] = moved.get(name, 0.0) + made.gain[t] / len(names)
+    assert len({e.at for e in made.evidence}) < len(made.evidence)
+    assert made.documents == pytest.approx(moved) and len(moved) > 3
+    assert sum(c is not None for c in made.copied) > 10
+    for t, c in enumerate(made.copied):
+        if c is not None:
+            text = store.document(c.document).text[c.start:c.end]
+            assert "".join(made.tokens[t + 1 - c.tokens:t + 1]) == text
+            assert c.document in neighbours.documents(made.evidence[made.under[t]].ids.tolist())
+
+
 def test_events_and_citations_resolve(ralm, neighbours, store):
     events = list(ralm.stream("Snow on the granite reef, and Maria Holt", max_tokens=9))
     found = [e for e in events if isinstance(e, Retrieved)]
