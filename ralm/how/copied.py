@@ -27,7 +27,7 @@ def runs(ids_T: np.ndarray, first: int, stop: int, tokens_KR: np.ndarray, mask_K
     S = stop - first
     out = Runs(*(np.zeros(S, np.int64) for _ in range(3)))
     run_KR = np.zeros((K, R), np.int64)
-    for i in range(max(begin, first - R), stop):
+    for i in range(max(begin, first - R + 1), stop):
         before_KR = np.zeros_like(run_KR)
         before_KR[:, 1:] = run_KR[:, :-1]
         run_KR = np.where(mask_KR & (tokens_KR == ids_T[i]), before_KR + 1, 0)
