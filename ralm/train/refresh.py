@@ -20,27 +20,20 @@ the run ends, or is killed."""
 from __future__ import annotations
 
 import json
-import os
-import queue
 import shutil
-import subprocess
-import sys
-import threading
 import time
-import weakref
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from ralm.errors import FingerprintError, RalmError, StoreError, UsageError, need
+from ralm.errors import FingerprintError, StoreError, UsageError
 from ralm.index import manifest, vectors
 from ralm.index.dense import Dense
 from ralm.index.encode import Sentences
 from ralm.train import ranks
+from ralm.train.behind import Worker
 from ralm.train.encoder import Trainable
 from ralm.train.recipes import standing
 from ralm.types import Hits
@@ -266,85 +259,3 @@ def build(store: str, version: int, snapshot: str, name: str, index: str, thread
             if "is writing" not in str(e) or time.monotonic() - since > PATIENCE:
                 raise
             time.sleep(0.2)
-
-
-class Worker:
-    """The background process. It is told what to do by lines on its standard input, and ends when that does."""
-
-    def __init__(self, log: Path):
-        self.log, self.open_jobs = log, set()
-        env = dict(os.environ)
-        env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [env.get("PYTHONPATH")])])
-        with log.open("a") as said:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "ralm.train.refresh"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True,
-                env=env, start_new_session=True)  # Ctrl-C is for the run
-        self._end = weakref.finalize(self, _end, self.process)
-
-    def submit(self, job: dict[str, Any]) -> None:
-        self.open_jobs.add(job["name"])
-        try:
-            self.process.stdin.write(json.dumps(job) + "\n")
-            self.process.stdin.flush()
-        except OSError as e:
-            raise self._died() from e
-
-    def busy(self, name: str) -> bool:
-        return name in self.open_jobs
-
-    def wait(self, name: str) -> float:
-        """Until a job is done: the processor seconds it took. Raises RalmError where it failed or the process has died."""
-        while line := self.process.stdout.readline():
-            said = json.loads(line)
-            self.open_jobs.discard(said["name"])
-            if said["error"]:
-                raise RalmError(f"the index could not be made: {said['error']}")
-            if said["name"] == name:
-                return float(said["seconds"])
-        raise self._died()
-
-    def _died(self) -> RalmError:
-        return RalmError(f"the process that makes the index has ended ({self.process.wait(5)}); what it said is in {self.log}; "
-                         "give the command again to go on from the last save")
-
-    def close(self) -> None:
-        self._end()
-
-
-def _end(process: subprocess.Popen) -> None:
-    with suppress(OSError):  # it has ended by itself
-        process.stdin.close()
-    try:
-        process.wait(3)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    process.stdout.close()
-
-
-def main() -> None:
-    """Jobs from standard input, what became of them to standard output; the end of the input is the end of the process."""
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is no answer
-    need("sentence_transformers", "making the index", "lm")  # its seconds are not those of the first index
-    jobs: queue.Queue[dict[str, Any]] = queue.Queue()
-
-    def listen() -> None:
-        for line in sys.stdin:
-            jobs.put(json.loads(line))
-        os._exit(0)  # in the middle of a build, as a kill: the next run goes on with it
-
-    threading.Thread(target=listen, daemon=True).start()
-    while True:
-        job = jobs.get()
-        said: dict[str, Any] = {"name": job["name"], "seconds": 0.0, "error": ""}
-        try:
-            said["seconds"] = build(**job)
-        except Exception as e:  # told to the run, which ends with it
-            said["error"] = f"{type(e).__name__}: {e}"
-        out.write(json.dumps(said) + "\n")
-        out.flush()
-
-
-if __name__ == "__main__":
-    main()

@@ -268,7 +268,7 @@ def workers():
     out = set()
     for p in Path("/proc").glob("[0-9]*"):
         try:
-            if b"ralm.train.refresh" in (p / "cmdline").read_bytes():
+            if b"ralm.train.behind" in (p / "cmdline").read_bytes():
                 out.add(int(p.name))
         except OSError:
             pass
@@ -349,6 +349,16 @@ def test_a_background_process_that_dies_ends_the_run(world, tmp_path):
     with pytest.raises(RalmError, match=r"has ended .* go on from the last save"):
         task.refresher._use(0)
     task.close()
+
+
+def test_the_process_ends_with_the_pipe_before_it_has_begun():
+    """A run that is killed while its process still imports leaves nothing behind."""
+    process = subprocess.Popen([sys.executable, "-m", "ralm.train.behind"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               cwd=Path(__file__).parents[2])
+    began = time.process_time()
+    process.stdin.close()
+    assert process.wait(60) == 0 and process.stdout.read() == b"" and time.process_time() - began < 5
+    process.stdout.close()
 
 
 def test_recipes_that_cannot_be(world, tmp_path):
