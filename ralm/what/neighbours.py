@@ -35,8 +35,8 @@ def spec_of(text: str) -> str:
         raise UsageError(f"retriever '{text}': name what searches the chunks: bm25, dense, dense:ENCODER or dense+bm25")
     if wrong := [n for n in names if n not in SPECS]:
         raise unknown("retriever", wrong[0], SPECS)
-    parts = spec.split("+")
-    return f"hybrid:parts={spec}" if len(parts) > 1 and all(p.partition(":")[0] in SPECS for p in parts) else spec
+    parts = [p.partition(":")[0] for p in spec.split("+")]
+    return f"hybrid:parts={spec}" if len(parts) > 1 and set(parts) <= {*SPECS} - {"hybrid"} else spec
 
 
 class NeighbourStore:

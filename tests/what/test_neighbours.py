@@ -295,6 +295,7 @@ def test_dense_and_fused_neighbours_obey_too(tmp_path, tokenizer, spec):
     if "hybrid" in spec:
         NeighbourStore.build(kb, tokenizer, m=M, retriever="dense:static")
     neighbours = NeighbourStore.build(kb, tokenizer, m=M, retriever=spec)
+    assert neighbours.retriever == {"dense:static+bm25": "hybrid:parts=dense:static+bm25"}.get(spec, spec)
     query = ["a lighthouse on a reef of granite, and snow in spring"]
     found = neighbours.search(query, 99).row(0).ids[0]
     assert len(found) == len(neighbours) and NeighbourStore(kb, tokenizer).retriever == neighbours.retriever
