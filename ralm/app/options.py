@@ -32,14 +32,15 @@ Finder = Annotated[str, Parameter(name="--retriever", help="tfidf, bm25, dense o
 HowArg = Annotated[str, Parameter(help="How what is retrieved enters the model: none, prepend:k=2, ensemble:k=4,weights=posterior "
                                  "(passages take 256 tokens of the window, half of it where it is smaller; tokens=N sets that); "
                                  "knn:k=1024,lam=0.25,temperature=10 (needs ralm tokens); retro:k=2 (needs ralm neighbours and a "
-                                 "RETRO as --lm); prepend:k=1+knn:lam=0.2, retro+knn.")]
+                                 "RETRO, bundled:retro, as --lm); prepend:k=1+knn:lam=0.2, retro+knn.")]
 TokensArg = Annotated[str, Parameter(name="--tokens", help="With --how knn: the token store, by the name ralm tokens gave it.")]
 DatabaseArg = Annotated[str, Parameter(name="--database", help="With --how retro: the neighbour database, by the name ralm "
                                                                "neighbours gave it; --retriever says what searches it.")]
 AskHow = Annotated[str | None, Parameter(name="--how", help="How a language model is given the passages: prepend, "
                                                             "ensemble:weights=posterior. A reader needs none.")]
 WhenArg = Annotated[str, Parameter(help="When to retrieve: once, every:4, adaptive:theta=0.4.")]
-LM = Annotated[str, Parameter(help="bundled:base, bundled:reader, hf:NAME or hf:FOLDER, remote:URL#NAME.")]
+LM = Annotated[str, Parameter(help="bundled:base, bundled:reader, bundled:retro, hf:NAME or hf:FOLDER, retro:FOLDER, "
+                                   "remote:URL#NAME.")]
 
 
 def positive(name: str, value: int | None) -> int | None:

@@ -1,6 +1,6 @@
 """WHO SPEAKS: language models by spec string. Nothing heavy is imported before a model is asked for.
 
-`bundled:base`, `bundled:reader`, `hf:NAME_OR_FOLDER,dtype=bf16,device=cuda`, `gpt:FOLDER,device=cuda` and
+`bundled:base`, `bundled:reader`, `bundled:retro`, `hf:NAME_OR_FOLDER,dtype=bf16,device=cuda`, `gpt:FOLDER,device=cuda` and
 `retro:FOLDER,device=cuda` (a decoder, and a RETRO, that `ralm train` made), `remote:URL#NAME,timeout=120`."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ralm.registry import make
 if TYPE_CHECKING:
     from ralm.types import LanguageModel
 
-BUNDLED = ("base", "reader")
+BUNDLED = ("base", "reader", "retro")
 
 
 def load(spec: str) -> LanguageModel:
@@ -31,6 +31,10 @@ def _bundled(name: str = "") -> Any:
         from ralm.lm.reader import Reader
 
         return Reader.load("bundled:reader")
+    if name == "retro":
+        from ralm.lm import retro_files
+
+        return retro_files.load(retro_files.BUNDLED)
     raise unknown("bundled model", str(name), BUNDLED)
 
 

@@ -14,7 +14,7 @@ from ralm.errors import FingerprintError, RalmError, StoreError, UsageError  # n
 from ralm.lm import keys, load, retro_files  # noqa: E402
 from ralm.lm.gpt import GPT, Decoder, GPTConfig  # noqa: E402
 from ralm.lm.hf import HF  # noqa: E402
-from ralm.lm.retro import Retro, RetroConfig  # noqa: E402
+from ralm.lm.retro import Neighbours, Retro, RetroConfig  # noqa: E402
 from ralm.lm.retro_files import Base, save  # noqa: E402
 from ralm.train.tokenizer import train_bpe  # noqa: E402
 
@@ -171,3 +171,17 @@ def test_mistakes_are_told(tmp_path):
     next(lm.adapter.parameters()).fill_(1e6)
     with pytest.raises(RalmError, match="float16 cannot write"):
         save(lm, tmp_path, Base.of(lm, ""))
+
+
+def test_the_bundled_one_is_there():
+    """Around bundled:base, with its tokenizer, within twenty megabytes; neighbours change what it says."""
+    from ralm.lm.bundled import bundled
+
+    lm = load("bundled:retro")
+    text = "The keeper of the lighthouse wrote down the weather. " * 12
+    ids = torch.tensor([[lm.bos, *lm.tokenizer.encode(text)]])[:, :lm.m + 20]
+    n = Neighbours(ids[:, :lm.m].view(1, 1, 1, lm.m))
+    on, off = lm.forward(ids, neighbours=n).logits, lm.forward(ids).logits
+    assert lm.name == "bundled:retro" and torch.equal(on[:, :lm.m - 1], off[:, :lm.m - 1])
+    assert (on[:, lm.m:] - off[:, lm.m:]).abs().max() > 0.5
+    assert sum(f.stat().st_size for f in bundled("retro").iterdir()) < 20e6
