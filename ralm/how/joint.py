@@ -4,8 +4,8 @@
 
 f is what the output layer reads, g the state a token store keeps (`ffn_in`), D its width. There is no weight to choose: how much
 the memory counts at a token is what its scores sum to beside the logits. That is the distribution which train/joint_in_batch.py
-trains, and what sets this apart from kNN-LM (output.py), whose weight is given: a model that was not trained so has scores and
-logits on scales that have nothing to do with each other, and should be read by `knn`.
+trains, and what sets this apart from kNN-LM (output.py), whose weight is given. A model that was not trained so had no reason to
+bring scores and logits to one scale: measure it (bundled:base does well with its own window as memory: docs/log.md).
 
 The memory is the text's own earlier tokens in the window (local: the local and, in windows longer than a training segment, the
 long memory of the paper) and the k nearest tokens of a token store with metric=ip (the external memory). The paper reads the
