@@ -25,12 +25,13 @@ if TYPE_CHECKING:
     from ralm.what.datastore import Datastore
 
 HELD_OUT = 40  # every 40th document is kept out of the datastore, for perplexity
-SCORED = 32  # of them, as many are scored as the minutes allow
+SCORED = 24  # of them, as many are scored as the minutes allow
 RETRIEVER = "hybrid"
-LM, WHEN = "bundled:base", "every:32"
+LM, WHEN = "bundled:retro", "every:32"
 PREPEND = "prepend:k=1,tokens=200"
 KNN = "knn:k=1024,lam=0.55,temperature=20"  # tuned on documents that are neither stored nor scored
-COMPARED = ("none", PREPEND, "ensemble:k=2,tokens=200", KNN, f"{PREPEND}+{KNN}")
+COMPARED = ("none@bundled:base", "none", PREPEND, "ensemble:k=2,tokens=200", "retro:k=2", KNN, f"{PREPEND}+{KNN}",
+            f"retro:k=2+{KNN}")  # the first is the decoder that bundled:retro was made of, the second RETRO[OFF]
 SMALL = 180_000  # characters of the datastore that systems are compared on: its tokens are read in seconds
 SENTENCE, LOOKED_AT = 240, 6  # characters of the text that is attributed, of the best of so many
 
@@ -170,25 +171,29 @@ def measure(script: Script, kb: Datastore, held: Sequence[Document]) -> None:
     parts = small(script, kb)
     named = options.systems([",".join(COMPARED)], LM)
     data = comparing.compared(parts, named, few, WHEN, None, None, None, True, None)
-    script.say(*(f"   {line}" for line in comparing.system_lines(data)), "",
-               *(f"   {line}" for line in comparing.evidence_lines(data, 1)))
+    overlap = comparing.overlap_lines(data["overlap"], {r["name"]: r["curve"] for r in data["systems"]})
+    for lines in (comparing.system_lines(data), overlap, comparing.evidence_lines(data, 1)):
+        script.say("", *(f"   {line}" for line in lines))
     script.data["compared"] = data
-    attribute(script, parts.system(LM, KNN), few, data["systems"][0]["rows"], data["systems"][COMPARED.index(KNN)]["rows"])
+    alone, knn = (data["systems"][COMPARED.index(name)]["rows"] for name in ("none", KNN))
+    attribute(script, parts.system(LM, KNN), few, alone, knn)
 
 
 def small(script: Script, kb: Datastore) -> Parts:
     """Every n-th document in a datastore of its own beside the demo's, with all that its systems ask for, made while one waits."""
     from ralm.what.datastore import Datastore
+    from ralm.what.neighbours import NeighbourStore
     from ralm.what.token_store import TokenStore
 
     began = time.perf_counter()
     step = max(1, round(sum(len(d.text) for d in kb.documents()) / SMALL))
     few = Datastore.build(kb.path.with_name(f"{kb.path.name}.small"), (d for n, d in enumerate(kb.documents()) if n % step == 0))
     parts = Parts(few.path, retriever="bm25")
-    tokens = TokenStore.build(few, parts.model(LM))
+    lm = parts.model(LM)
+    chunks, tokens = NeighbourStore.build(few, lm, retriever="bm25"), TokenStore.build(few, lm)
     which = "every document" if step == 1 else f"one document in {step}"
-    script.say(f"   {which} in a datastore of its own, with a token store of {count(len(tokens), 'token')}, nothing trained  "
-               f"{dim(duration(time.perf_counter() - began))}")
+    script.say(f"   {which} in a datastore of its own: {count(len(chunks), 'chunk')} of {chunks.m} tokens and what followed them, "
+               f"{count(len(tokens), 'token')} with their contexts; nothing trained  {dim(duration(time.perf_counter() - began))}")
     return parts
 
 

@@ -13,8 +13,9 @@ from ralm.what.datastore import Datastore
 
 
 def test_all_ways_to_read_a_datastore_in_one_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "SMALL", 8_000)
-    pages = [Document(d.id, d.text[:600], d.title) for d in islice(topics(), 30)]
+    monkeypatch.setattr(demo, "SMALL", 5_000)
+    monkeypatch.setattr(demo, "LOOKED_AT", 2)
+    pages = [Document(d.id, d.text[:500], d.title) for d in islice(topics(), 20)]
     kb = Datastore.build(tmp_path / "kb", pages[2:])
     script = demo.Script(Output())
     demo.measure(script, kb, pages[:2])
