@@ -16,7 +16,7 @@ FEW = (0.125, 0.25, 0.5, 1.0)  # of the curve, in a table
 
 
 def compared(parts: Parts, named: Mapping[str, tuple[str, str]], texts: Sequence[Any], when: str, where: str | None,
-             window: int | None, stride: int | None, exclude_self: bool, save: Path | None) -> dict[str, Any]:
+             window: int | None, stride: int | None, exclude_self: bool, save: Path | None, evidence: int = 2) -> dict[str, Any]:
     """What `compare` returns, of systems by name: (how, model). All of them are made, then scored."""
     from ralm.eval.compare import compare
     from ralm.how import fusion
@@ -27,7 +27,7 @@ def compared(parts: Parts, named: Mapping[str, tuple[str, str]], texts: Sequence
         raise UsageError(f"--when {when} is a schedule for passages, none of {', '.join(named)} reads any; leave it out")
     systems = {name: parts.system(lm, how, when if reads[name] else "once", where, window) for name, (how, lm) in named.items()}
     neighbours = next((s.neighbours for s in systems.values() if s.neighbours is not None), None)
-    return compare(systems, texts, window, stride, exclude_self, save, neighbours)
+    return compare(systems, texts, window, stride, exclude_self, save, neighbours, evidence)
 
 
 def lines(data: Mapping[str, Any]) -> Iterator[str]:
@@ -65,11 +65,11 @@ def overlap_lines(o: Mapping[str, Any], curves: Mapping[str, Sequence[Mapping[st
     yield from table([*rows, share], head, right=range(1, len(head)))
 
 
-def evidence_lines(data: Mapping[str, Any], most: int | None = None) -> Iterator[str]:
-    """The texts that each system improved most (at most so many of each), and the stored documents that moved them."""
+def evidence_lines(data: Mapping[str, Any]) -> Iterator[str]:
+    """The texts that each system improved most, and the stored documents that moved them."""
     first = data["systems"][0]["name"]
     for r in data["systems"][1:]:
-        for e in r["evidence"][:most]:
+        for e in r["evidence"]:
             moved = {name: w for name, w in e["documents"].items() if w > 0}
             total = sum(moved.values())
             by = ", ".join(f"{name} {100 * w / total:.0f} %" for name, w in list(moved.items())[:MOVED])

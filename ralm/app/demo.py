@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from ralm.what.datastore import Datastore
 
 HELD_OUT = 40  # every 40th document is kept out of the datastore, for perplexity
-SCORED = 24  # of them, as many are scored as the minutes allow
+SCORED, LONGEST = 24, 1_200  # of them, as many are scored as the minutes allow, and so many characters of each
 RETRIEVER = "hybrid"
 LM, WHEN = "bundled:retro", "every:32"
 PREPEND = "prepend:k=1,tokens=200"
@@ -166,13 +167,13 @@ def measure(script: Script, kb: Datastore, held: Sequence[Document]) -> None:
     """Documentation that the datastore does not hold, by the model alone and by every way to read a datastore, in one table."""
     from ralm.app import comparing
 
-    few = sorted(held, key=lambda d: d.id)[:: max(1, len(held) // SCORED)][:SCORED]
+    few = [replace(d, text=d.text[:LONGEST]) for d in sorted(held, key=lambda d: d.id)[:: max(1, len(held) // SCORED)][:SCORED]]
     script.step(f"{count(len(few), 'held-out document')}, by a model of books and Wikipedia that reads other documents beside them")
     parts = small(script, kb)
     named = options.systems([",".join(COMPARED)], LM)
-    data = comparing.compared(parts, named, few, WHEN, None, None, None, True, None)
+    data = comparing.compared(parts, named, few, WHEN, None, None, None, True, None, evidence=1)
     overlap = comparing.overlap_lines(data["overlap"], {r["name"]: r["curve"] for r in data["systems"]})
-    for lines in (comparing.system_lines(data), overlap, comparing.evidence_lines(data, 1)):
+    for lines in (comparing.system_lines(data), overlap, comparing.evidence_lines(data)):
         script.say("", *(f"   {line}" for line in lines))
     script.data["compared"] = data
     alone, knn = (data["systems"][COMPARED.index(name)]["rows"] for name in ("none", KNN))
