@@ -174,13 +174,13 @@ def _artifacts(path: Path, kb: Any, problems: list[str], notes: list[str]) -> It
         return {"name": name, "kind": made.kind if made else None, "rows": sum(p.rows for p in made.parts) if made else None,
                 "bytes": disk(folder), "wrong": wrong}
 
-    for folder in sorted(p for family in ("index", "tokens") for p in (path / family).glob("*") if p.is_dir()):
+    for folder in sorted(p for family in ("index", "tokens") for p in (path / family).glob("[!.]*") if p.is_dir()):
         yield told(folder, folder.name if folder.parent.name == "index" else f"tokens/{folder.name}", kb)
-    for base in sorted(p for p in (path / "neighbours").glob("*") if p.is_dir()):
+    for base in sorted(p for p in (path / "neighbours").glob("[!.]*") if p.is_dir()):
         yield (chunks := told(base / "chunks", f"neighbours/{base.name}", kb))
         if chunks["kind"] is not None:  # whole, so that what was made of it can be held against it
             owner = TokenChunks(kb, base.name, as_it_is=True)
-            for folder in sorted(p for p in (base / "index").glob("*") if p.is_dir()):
+            for folder in sorted(p for p in (base / "index").glob("[!.]*") if p.is_dir()):
                 yield told(folder, f"neighbours/{base.name}/{folder.name}", owner)
 
 

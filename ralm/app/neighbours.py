@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,6 +33,7 @@ def neighbours(store: StoreArg, /, *,
     JSON: name, m, chunks, tokens, bytes, retriever, recall (@10, against exact search), added (chunks made now), documents,
     estimate {chunks, tokens, bytes, seconds} (of what was to be made), settings, lm, version, seconds."""
     from ralm.app.indexes import check
+    from ralm.index import manifest
     from ralm.lm import load
     from ralm.what.datastore import Datastore
     from ralm.what.neighbour_build import folder_of
@@ -51,7 +51,7 @@ def neighbours(store: StoreArg, /, *,
                               "hf:NAME)")
     if rebuild and folder.is_dir():
         with kb.lock():
-            shutil.rmtree(folder)
+            manifest.discard(folder)
     plan = estimate(kb, model, name, m, retriever)
     _announce(kb, plan)
     before = _chunks(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,6 +40,7 @@ def tokens(store: StoreArg, /, *,
 
     JSON: name, rows (tokens held), dim, bytes, index, nprobe, recall (@100, against exact search), added (rows made now),
     documents, estimate {rows, bytes, seconds, memory} (of what was to be made), settings, lm, version, seconds."""
+    from ralm.index import manifest
     from ralm.lm import load
     from ralm.what.datastore import Datastore
     from ralm.what.token_build import Wish, estimate, folder_of, prefer
@@ -53,7 +53,7 @@ def tokens(store: StoreArg, /, *,
     model = load(lm)
     if rebuild and folder.is_dir():
         with kb.lock():
-            shutil.rmtree(folder)
+            manifest.discard(folder)
     before = 0 if rebuild else _rows(folder)
     plan = estimate(kb, model, name, wish)
     _announce(kb, plan, before)

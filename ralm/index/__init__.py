@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +46,7 @@ def build(spec: str, store, rebuild: bool = False) -> None:
                 there = [p.name for p in _folder(part).glob("*") if p.is_dir()]  # those without a manifest too
                 for artifact in there:
                     if artifact == named or (asked.name in ("auto", "hybrid") and _family(artifact) in ("bm25", "dense")):
-                        shutil.rmtree(_folder(part) / artifact)
+                        manifest.discard(_folder(part) / artifact)
     retriever(spec, store)
 
 
@@ -89,11 +88,14 @@ def compact(store) -> None:
             name = made.parents[1].name
             neighbour_build.compact(part, name)
             _compact(TokenChunks(part, name, as_it_is=True))
+        for family in ("tokens", "neighbours"):
+            manifest.sweep(Path(part.path) / family)
         _compact(part)
 
 
 def _compact(part) -> None:
     """The indexes over one datastore, or over one's chunks."""
+    manifest.sweep(_folder(part))
     for artifact in built(part):
         if _kind(part, artifact) == "sparse":
             from ralm.index import grow

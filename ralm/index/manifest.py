@@ -25,6 +25,7 @@ from ralm.what import sums
 from ralm.what.sums import sha256
 
 FORMAT = 1
+GONE = ".gone"  # beside artifacts: those that are being deleted
 Opened = TypeVar("Opened")
 
 
@@ -125,6 +126,19 @@ def commit(folder: Path, manifest: Manifest) -> None:
     for path in folder.iterdir():
         if path.name not in named:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def discard(folder: Path) -> None:
+    """Delete an artifact: in one step for whoever reads beside it or comes after a kill, then file by file."""
+    gone = folder.parent / GONE
+    gone.mkdir(exist_ok=True)
+    folder.rename(gone / uuid.uuid4().hex)
+    sweep(folder.parent)
+
+
+def sweep(family: Path) -> None:
+    """Finish what a killed `discard` left of artifacts of this family (index/, tokens/, neighbours/)."""
+    shutil.rmtree(family / GONE, ignore_errors=True)
 
 
 def sizes(folder: Path, part: Part) -> None:

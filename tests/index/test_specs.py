@@ -77,6 +77,27 @@ def test_rebuilding_changes_settings(store):
     assert BM25(store).settings.stemmer == "porter"
 
 
+def test_a_rebuild_killed_while_it_deletes_leaves_nothing_half_there(store, monkeypatch):
+    from ralm.app.doctor import examine
+
+    def killed(path, **_):
+        next(f for f in Path(path).rglob("*") if f.is_file() and f.name != "manifest.json").unlink()
+        raise KeyboardInterrupt
+
+    for spec in ("bm25", "dense:static"):
+        index.build(spec, store)
+        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+            m.setattr("shutil.rmtree", killed)
+            index.build(spec, store, rebuild=True)
+        problems = []
+        examine(store.path, problems)
+        assert not problems, problems
+    assert index.built(store) == []
+    index.build("bm25", store)
+    index.compact(store)
+    assert [p.name for p in (store.path / "index").iterdir()] == ["bm25"]
+
+
 def test_compact_follows_a_purge(store):
     index.build("bm25", store)
     store.remove(["d1"])
