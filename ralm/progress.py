@@ -53,3 +53,17 @@ def task(stage: str, total: float | None = None, unit: str = "") -> Iterator[Cal
 def note(text: str) -> None:
     """One line of talk (a skipped file, a chosen default)."""
     _sink.note(text)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own bars: a library does not talk."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()

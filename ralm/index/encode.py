@@ -24,6 +24,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from ralm import progress
 from ralm.errors import UsageError, need
 from ralm.index.static import Static, distilled, unit
 
@@ -136,19 +137,14 @@ def _transformer(folder: str):
     """A SentenceTransformer of a local folder, shared by everything in the process that uses it."""
     package = need("sentence_transformers", "encoding with a sentence-transformers model", "lm")
     from safetensors import SafetensorError
-    from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        return package.SentenceTransformer(folder, local_files_only=True, trust_remote_code=False,
-                                           model_kwargs={"use_safetensors": True})
+        with progress.quiet():
+            return package.SentenceTransformer(folder, local_files_only=True, trust_remote_code=False,
+                                               model_kwargs={"use_safetensors": True})
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as e:
         raise UsageError(f"'{folder}' cannot be read as a sentence-transformers model ({_line(e)}); give a folder made by its save "
                          "method, with safetensors weights") from e
-    finally:
-        if bars:
-            logging.enable_progress_bar()
 
 
 _int8: dict[str, Encoder] = {}  # by fingerprint: integer weights are made once

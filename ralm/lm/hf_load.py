@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from ralm import progress
 from ralm.errors import CapabilityError, UsageError
 
 CONVERT = ("ralm reads no pickles; where you trust it, convert once: AutoModelForCausalLM.from_pretrained(NAME)"
@@ -119,7 +121,8 @@ def _reading(name: str, part: str, reader: Any, *args: Any, **kwargs: Any) -> An
     from safetensors import SafetensorError
 
     try:
-        return reader(*args, **kwargs)
+        with progress.quiet() if kwargs.get("local_files_only") else nullcontext():  # a download may show its bar
+            return reader(*args, **kwargs)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as e:
         raise _unreadable(name, part, e) from e
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ralm import progress
 from ralm.errors import UsageError, need
 
 
@@ -84,11 +85,11 @@ class MaskedReader(nn.Module):
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
         quiet = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()  # a library does not talk
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-            model = (transformers.BertForMaskedLM(config) if random else
-                     transformers.BertForMaskedLM.from_pretrained(folder, config=config, use_safetensors=True, dtype=torch.float32))
+            with progress.quiet():
+                tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+                model = (transformers.BertForMaskedLM(config) if random else transformers.BertForMaskedLM.from_pretrained(
+                    folder, config=config, use_safetensors=True, dtype=torch.float32))
         except (OSError, ValueError, RuntimeError) as e:
             raise UsageError(f"'{name}' cannot be read as a masked language model ({str(e).splitlines()[0][:120]})") from e
         finally:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ralm import progress
 from ralm.errors import FingerprintError, StoreError, UsageError, need
 from ralm.lm.spans import aggregate, band, normalised, passage_prior, windows, within_passage
 
@@ -104,11 +105,11 @@ class ReaderModel(nn.Module):
         super().__init__()
         transformers = need("transformers", "the span reader", "lm")
         transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()  # a library does not talk
         fewer = {"num_hidden_layers": config.layers} if config.layers else {}
-        self.bert: BertModel = transformers.AutoModel.from_pretrained(
-            base_folder(config), attn_implementation="sdpa", add_pooling_layer=False, dtype=torch.float32,
-            attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0, **fewer)  # few epochs, averaged weights: only costs time
+        with progress.quiet():
+            self.bert: BertModel = transformers.AutoModel.from_pretrained(
+                base_folder(config), attn_implementation="sdpa", add_pooling_layer=False, dtype=torch.float32,
+                attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0, **fewer)  # few epochs, averaged weights: only costs time
         self.bert.embeddings.requires_grad_(False)
         self.head = SpanHead(self.bert.config.hidden_size, config.bilinear)
         self.max_span = config.max_span

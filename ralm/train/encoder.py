@@ -13,8 +13,7 @@ import copy
 import importlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ralm import progress
 from ralm.errors import UsageError, need
 from ralm.index.encode import Sentences, encoder
 from ralm.train.task import Group
@@ -112,7 +112,7 @@ class Trainable:
         part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        with quiet():
+        with progress.quiet():
             self.model.save_pretrained(str(part), create_model_card=False)
         (part / "train_results.json").write_text(json.dumps(trained, indent=1) + "\n")  # a name that fingerprints leave out
         (part / "README.md").write_text(card)
@@ -128,7 +128,7 @@ def network(wish: Encoder) -> Any:
     found = encoder(wish.model)
     if not isinstance(found, Sentences):
         raise UsageError(f"'{wish.model}' is no transformer that can be trained; use minilm, st:NAME or a folder")
-    with quiet():
+    with progress.quiet():
         model = package.SentenceTransformer(str(found.folder), local_files_only=True, trust_remote_code=False, device="cpu",
                                             model_kwargs={"use_safetensors": True})
     modules, parts = list(model), _parts()
@@ -145,20 +145,6 @@ def network(wish: Encoder) -> Any:
     if modules == list(model):
         return model
     return package.SentenceTransformer(modules=modules, prompts=model.prompts, device="cpu")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' bars: a library does not talk."""
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _parts() -> Any:

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
+from ralm import progress
 from ralm.errors import UsageError, need
 from ralm.lm.masked import Lengths, MaskedReader
-from ralm.train.encoder import Encoder, Trainable, quiet
+from ralm.train.encoder import Encoder, Trainable
 from ralm.train.objectives import contrastive
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -53,7 +54,7 @@ def write(folder: str | Path, world: World | None = None, warm: int = 200, pairs
     told = [f for f in people if not f["held"]]
     (folder / "texts.jsonl").write_text("".join(json.dumps({"id": f"t{n}", "text": f["text"]}) + "\n" for n, f in enumerate(told)))
     tokenizer = _tokenizer([*SPECIAL, *WORDS, *names])
-    with quiet():
+    with progress.quiet():
         _reader(folder, tokenizer, world, people, warm)
         _retriever(folder, tokenizer, world, told[:round(world.seen * len(told))], pairs)
     return folder

@@ -232,6 +232,17 @@ def test_facts_come_from_config_then_tokenizer():
     assert HF(tiny.make("qwen2", vocab_size=320), tiny.tokenizer()).vocab == 320  # rows beyond the tokenizer's
 
 
+def test_loading_says_nothing_and_leaves_the_users_bars(tmp_path, capfd):
+    from transformers.utils import logging
+
+    tiny.make("gpt2").save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    logging.enable_progress_bar()
+    capfd.readouterr()
+    load(f"hf:{tmp_path}")
+    assert capfd.readouterr().err == "" and logging.is_progress_bar_enabled()
+
+
 def test_a_model_that_was_being_trained_scores_the_same_twice():
     """Dropout would make every score a different one."""
     training = tiny.make("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
