@@ -8,7 +8,7 @@ def test_doctor_of_the_machine(ralm):
     assert data["versions"]["ralm"] and data["versions"]["python"]
     for extra in data["extras"].values():
         assert (extra["install"] is None) == (not extra["missing"])
-    assert set(data["checkpoints"]) == {"base", "reader"}
+    assert set(data["checkpoints"]) == {"base", "reader", "retro"}
     assert "cores" in ralm("doctor").out
 
 
